@@ -1,0 +1,102 @@
+"""Arrays as storage sees them: a name, a shape, a dtype, and a regular grid of chunks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import Any, NamedTuple
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Array", "ArraySpec", "Chunk", "Index", "chunk_count", "chunk_indices", "fit_chunk_shape", "index_shape", "whole"]
+
+Index = tuple[tuple[int, int], ...]
+"""Start and stop per axis, global coordinates; `()` for a 0-d array."""
+
+Array = npt.NDArray[Any]
+"""A numpy array of any dtype and shape."""
+
+
+class ArraySpec(NamedTuple):
+    """All that a backend knows of an array.
+
+    Attributes:
+      name: unique in the checkpoint; any string.
+      shape: sizes per axis; zeros allowed.
+      dtype: a numpy dtype, ml_dtypes' included.
+      chunk_shape: the grid's cell, per axis at least 1.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    chunk_shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole array in memory."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@attrs.frozen(eq=False)
+class Chunk:
+    """One cell of an array's grid with its values, C-contiguous, of shape `stop - start` per axis."""
+
+    array: ArraySpec
+    index: Index
+    data: Array
+
+
+def whole(shape: Sequence[int]) -> Index:
+    """The index of a whole array of this shape."""
+    return tuple((0, n) for n in shape)
+
+
+def chunk_indices(array: ArraySpec, within: Index | None = None) -> Iterator[Index]:
+    """The grid cells, in C order, that overlap `within` (default: the whole array); none for an empty one."""
+    bounds = whole(array.shape) if within is None else within
+    axes = [
+        [(i, min(i + c, n)) for i in range(start - start % c, stop, c)] if stop > start else []
+        for (start, stop), c, n in zip(bounds, array.chunk_shape, array.shape, strict=True)
+    ]
+    return product(*axes)
+
+
+def chunk_count(array: ArraySpec) -> int:
+    """How many cells the grid of an array has; 1 for a 0-d array, 0 for an empty one."""
+    count = 1
+    for n, c in zip(array.shape, array.chunk_shape, strict=True):
+        count *= -(-n // c)
+    return count
+
+
+def index_shape(index: Index) -> tuple[int, ...]:
+    """The lengths of an index per axis."""
+    return tuple([stop - start for start, stop in index])
+
+
+def fit_chunk_shape(shape: Sequence[int], itemsize: int, max_byte_size: int, axes: Sequence[int] = ()) -> tuple[int, ...]:
+    """A cell of at most `max_byte_size` bytes (one element at least) whose lengths divide those of `shape`.
+
+    Cells that divide a shard never straddle two of them, and none is padded. Axes are cut in the order `axes`, then from
+    the first on, which keeps a cell's bytes in one run; an axis whose length has no divisor that is small enough is cut
+    as far as its divisors go before the next one is.
+    """
+    cell = [max(n, 1) for n in shape]
+    order = dict.fromkeys([*(axis % len(cell) for axis in axes), *range(len(cell))]) if cell else {}
+    for axis in order:
+        size = math.prod(cell) * itemsize
+        if size <= max_byte_size:
+            break
+        wanted = max(1, max_byte_size * cell[axis] // size)
+        cell[axis] = _largest_divisor(cell[axis], wanted)
+    return tuple(cell)
+
+
+def _largest_divisor(n: int, limit: int) -> int:
+    """The largest divisor of `n` that is at most `limit`."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return max(d for d in (*small, *(n // d for d in small)) if d <= limit)

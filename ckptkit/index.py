@@ -1,0 +1,142 @@
+"""The index that ckptkit writes beside the data: a checksum for every block of every chunk.
+
+Checksums are XXH3 with 64 bits (https://github.com/Cyan4973/xxHash), over blocks of 1 MiB of a chunk's bytes as they are
+in memory; the last block of a chunk is what is left. They are written as 16 hexadecimal digits a block, one string a chunk,
+the chunks of an array in C order of its grid. Orbax ignores the file.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+import orjson
+import xxhash
+
+from ckptkit import errors
+from ckptkit.grid import ArraySpec, Index, chunk_count
+from ckptkit.metadata import json
+
+__all__ = ["BLOCK_BYTE_SIZE", "INDEX_FILE", "Checksums", "IndexDocument", "block_checksums", "decode_index", "encode_index"]
+
+INDEX_FILE = "ckptkit_index.json"
+BLOCK_BYTE_SIZE = 1 << 20
+_VERSION = 1
+_DIGITS = 16
+
+
+def block_checksums(data: npt.NDArray[Any]) -> str:
+    """The checksums of a C-contiguous array's bytes, block by block; '' for no bytes."""
+    flat: Any = data.reshape(-1).view(np.uint8)
+    if 0 < data.nbytes <= BLOCK_BYTE_SIZE:
+        return xxhash.xxh3_64_hexdigest(flat)
+    return "".join(xxhash.xxh3_64_hexdigest(flat[i : i + BLOCK_BYTE_SIZE]) for i in range(0, flat.size, BLOCK_BYTE_SIZE))
+
+
+class Checksums:
+    """The checksums of one array while its chunks arrive in any order."""
+
+    def __init__(self, array: ArraySpec) -> None:
+        self._array = array
+        self._chunks: list[str | None] = [None] * chunk_count(array)
+
+    def add(self, index: Index, data: npt.NDArray[Any]) -> None:
+        self._chunks[_position(self._array, index)] = block_checksums(data)
+
+    def texts(self) -> list[str]:
+        """One string a chunk, in C order of the grid.
+
+        Raises:
+          errors.StorageError: a chunk never arrived.
+        """
+        texts = [text for text in self._chunks if text is not None]
+        if len(texts) != len(self._chunks):
+            raise errors.StorageError(
+                f"array {self._array.name!r}: {len(self._chunks) - len(texts)} of its chunks were never written."
+            )
+        return texts
+
+
+@attrs.define
+class IndexDocument:
+    """What the index says.
+
+    Attributes:
+      checksums: array name -> its checksums, as `Checksums.texts` gives them.
+      typestrs: leaf name -> type string, for leaves whose type handler is not one of Orbax's words.
+      providers: type string -> who provides its handler ('distribution version').
+      extras: leaf name -> JSON that its type handler wants back.
+    """
+
+    checksums: dict[str, list[str]]
+    typestrs: dict[str, str] = attrs.field(factory=dict)
+    providers: dict[str, str] = attrs.field(factory=dict)
+    extras: dict[str, Any] = attrs.field(factory=dict)
+
+    def check(self, array: ArraySpec, index: Index, data: npt.NDArray[Any]) -> str | None:
+        """What is wrong with the bytes of a chunk, or None."""
+        texts, position = self.checksums.get(array.name, ()), _position(array, index)
+        if position >= len(texts):
+            return "no checksum is recorded for this chunk"
+        expected, found = texts[position], block_checksums(data)
+        if found == expected:
+            return None
+        wrong = [i for i in range(0, len(found), _DIGITS) if found[i : i + _DIGITS] != expected[i : i + _DIGITS]]
+        at = f", the first at byte {wrong[0] // _DIGITS * BLOCK_BYTE_SIZE} of the chunk" if wrong else ""
+        return f"{len(wrong)} of {len(found) // _DIGITS} blocks differ from their recorded checksum{at}"
+
+
+def encode_index(document: IndexDocument) -> bytes:
+    """The file's bytes."""
+    return orjson.dumps(
+        {
+            "version": _VERSION,
+            "algorithm": "xxh3_64",
+            "block_byte_size": BLOCK_BYTE_SIZE,
+            **attrs.asdict(document, recurse=False),
+        }
+    )
+
+
+def decode_index(data: bytes, where: str) -> IndexDocument:
+    """The index in a file's bytes.
+
+    Raises:
+      errors.FormatError: not an index, or one of a later version.
+    """
+    document = json.load(data, where)
+    if not isinstance(document, dict) or document.get("version") != _VERSION:
+        found = document.get("version") if isinstance(document, dict) else type(document).__name__
+        raise errors.FormatError(
+            f"{where}: index version {found!r}, expected {_VERSION}; a newer ckptkit wrote it, or it is damaged."
+        )
+    if (document.get("algorithm"), document.get("block_byte_size")) != ("xxh3_64", BLOCK_BYTE_SIZE):
+        raise errors.FormatError(f"{where}: unknown checksum algorithm {document.get('algorithm')!r}.")
+    tables = {field.name: document.get(field.name, {}) for field in attrs.fields(IndexDocument)}
+    checks = {"checksums": _is_texts, "typestrs": _is_text, "providers": _is_text, "extras": _is_object}
+    for name, table in tables.items():
+        if not isinstance(table, dict) or not all(map(checks[name], table.values())):
+            raise errors.FormatError(f"{where}: {name!r} does not hold what an index holds; the file is damaged.")
+    return IndexDocument(**tables)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+def _is_object(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def _position(array: ArraySpec, index: Index) -> int:
+    """Where a chunk stands in C order of the grid."""
+    position = 0
+    for (start, _), n, c in zip(index, array.shape, array.chunk_shape, strict=True):
+        position = position * -(-n // c) + start // c
+    return position

@@ -1,0 +1,113 @@
+"""Trees as the rest of ckptkit sees them: leaves in order, each with its keys and its name.
+
+Empty containers and None count as leaves here, since a checkpoint records them; jax itself would drop them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+import jax
+
+from ckptkit import errors
+from ckptkit.metadata.tree import Key, key_of
+
+__all__ = ["Structure", "flatten", "flatten_alike", "is_empty_node", "key_path"]
+
+
+def is_empty_node(value: Any) -> bool:
+    """Whether a node holds nothing: None, or a dict, list or tuple (named ones too) without entries."""
+    return value is None or (isinstance(value, (Mapping, list, tuple)) and not value)
+
+
+def key_path(keys: Sequence[Key]) -> tuple[str, ...]:
+    """The names of the keys, outermost first: how messages show where a leaf is."""
+    return tuple(key.name for key in keys)
+
+
+@attrs.frozen(eq=False)
+class Structure:
+    """The shape of a tree without its leaves.
+
+    Attributes:
+      treedef: jax's own description; puts leaves back together.
+      keys: per leaf, its keys, outermost first.
+      names: per leaf, the names of its keys joined with '.', as Orbax names what it stores.
+    """
+
+    treedef: Any
+    keys: tuple[tuple[Key, ...], ...]
+    names: tuple[str, ...]
+
+    def unflatten(self, leaves: Sequence[Any]) -> Any:
+        return jax.tree.unflatten(self.treedef, leaves)
+
+
+_CACHE_SIZE = 16
+_cache: OrderedDict[Any, Structure] = OrderedDict()
+_cache_lock = threading.Lock()
+
+
+def flatten(tree: Any) -> tuple[list[Any], Structure]:
+    """The leaves of a tree and its structure.
+
+    Structures are kept for a while, since training saves the same tree again and again and the names of 10,000 leaves
+    take longer to make than their values take to stage.
+
+    Raises:
+      errors.TreeError: jax cannot flatten the tree (dict keys that do not compare, for example).
+    """
+    try:
+        leaves, treedef = jax.tree.flatten(tree, is_leaf=is_empty_node)
+    except (TypeError, ValueError) as error:
+        raise errors.TreeError(f"The tree cannot be flattened: {error}") from error
+    try:
+        with _cache_lock:
+            if (structure := _cache.get(treedef)) is not None:
+                _cache.move_to_end(treedef)
+                return leaves, structure
+    except Exception:  # noqa: BLE001 - the auxiliary data of a foreign node may refuse to be hashed or compared, in any way
+        return leaves, _structure(tree, treedef)
+    structure = _structure(tree, treedef)
+    with _cache_lock:
+        _cache[treedef] = structure
+        while len(_cache) > _CACHE_SIZE:
+            _cache.popitem(last=False)
+    return leaves, structure
+
+
+def _structure(tree: Any, treedef: Any) -> Structure:
+    with_paths, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_empty_node)
+    keys = tuple(tuple(key_of(key) for key in path) for path, _ in with_paths)
+    return Structure(treedef, keys, tuple(".".join([key.name for key in path]) for path in keys))
+
+
+def flatten_alike(structure: Structure, tree: Any, what: str) -> list[Any]:
+    """The parts of `tree` that stand where the leaves of `structure` stand.
+
+    Raises:
+      errors.ArgsError: the trees differ in shape; `what` names the argument.
+    """
+    try:
+        return list(structure.treedef.flatten_up_to(tree))
+    except (TypeError, ValueError, KeyError) as error:
+        raise errors.ArgsError(f"{what} must have the structure of the tree it belongs to: {error}") from error
+
+
+def name_collisions(structure: Structure, stored: Sequence[int]) -> list[str]:
+    """For leaves at the positions `stored`, a line for each name that more than one of them has."""
+    names = structure.names
+    if len({names[i] for i in stored}) == len(stored):
+        return []
+    counts = Counter(names[i] for i in stored)
+    paths: dict[str, list[tuple[str, ...]]] = {}
+    for i in stored:
+        if counts[names[i]] > 1:
+            paths.setdefault(names[i], []).append(key_path(structure.keys[i]))
+    return [
+        f"{' and '.join(map(str, where))}: both would be stored as {name!r}; rename one of them." for name, where in paths.items()
+    ]
