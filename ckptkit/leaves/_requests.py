@@ -1,0 +1,84 @@
+"""What the array-like type handlers share on restore: the shape and dtype wanted, whether they can be had, and the cast."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ckptkit.grid import Array, Index, index_shape, whole
+from ckptkit.leaves.base import LeafSpec, Problem, RestoreArgs
+
+__all__ = ["Wanted", "changes_kind", "clip", "fit", "resolve"]
+
+
+class Wanted(NamedTuple):
+    """The array that a request asks for.
+
+    Attributes:
+      shape: of the whole array.
+      dtype: of the result.
+      resized: the shape differs from the stored one, and that is allowed.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    resized: bool
+
+
+def resolve(spec: LeafSpec, request: RestoreArgs, shape: tuple[int, ...] | None, *, strict: bool) -> Wanted | Problem:
+    """The array wanted, or why it cannot be made from the stored one; `shape` None means as stored."""
+    if spec.array is None:
+        return Problem(f"a {type(spec.inline).__name__} is stored here, not an array; ask for a value of that type.")
+    stored = spec.array
+    wanted = stored.shape if shape is None else tuple(shape)
+    dtype = stored.dtype if request.dtype is None else np.dtype(request.dtype)
+    if wanted != stored.shape:
+        if strict:
+            return Problem(
+                f"stored shape {stored.shape}, requested shape {wanted}; ask for the stored shape, or pass strict=False to pad "
+                "with zeros and truncate."
+            )
+        if len(wanted) != len(stored.shape):
+            return Problem(
+                f"stored with {len(stored.shape)} axes, requested with {len(wanted)}; strict=False changes lengths only."
+            )
+    if not np.can_cast(stored.dtype, dtype, casting=request.defaults.casting):
+        return Problem(f"stored dtype {stored.dtype}, requested dtype {dtype}; casting={request.defaults.casting!r} forbids it.")
+    return Wanted(wanted, dtype, wanted != stored.shape)
+
+
+_KIND_ORDER = "buifcV"
+
+
+def changes_kind(stored: np.dtype[Any], wanted: np.dtype[Any]) -> bool:
+    """Whether a cast loses what kind of number it is: complex to real, or floating to integer or bool."""
+    if np.can_cast(stored, wanted, "same_kind"):
+        return False
+    return stored.kind in "cfV" and wanted.kind in "buif" and not (stored.kind == "V" and wanted.kind == "f")
+
+
+def clip(index: Index, shape: tuple[int, ...]) -> Index:
+    """The part of an index that lies within a shape."""
+    return tuple([(min(start, n), min(stop, n)) for (start, stop), n in zip(index, shape, strict=True)])
+
+
+def fit(spec: LeafSpec, wanted: Wanted, index: Index, parts: Mapping[Index, Array]) -> Array:
+    """The values of `index` of the wanted array: the part read for it, padded and cast."""
+    assert spec.array is not None
+    if not wanted.resized:
+        part = parts[index]
+    else:
+        stored = clip(index, spec.array.shape)
+        part = np.zeros(index_shape(index), spec.array.dtype)
+        part[tuple(slice(0, n) for n in index_shape(stored))] = parts[stored]
+    if part.dtype == wanted.dtype:
+        return part
+    with np.errstate(all="ignore"):  # the cast was asked for, and one that changes kind has been warned about
+        return part.astype(wanted.dtype)
+
+
+def whole_part(spec: LeafSpec, wanted: Wanted, parts: Mapping[Index, Array]) -> Array:
+    """The whole wanted array."""
+    return fit(spec, wanted, whole(wanted.shape), parts)

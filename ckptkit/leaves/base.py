@@ -1,0 +1,178 @@
+"""The interface of a type handler: one kind of leaf to and from host arrays. It sees no path and no file.
+
+Every method works on a batch, since per-leaf calls are what makes checkpointing slow.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
+
+import attrs
+
+from ckptkit import errors
+from ckptkit.grid import Array, ArraySpec, Index
+from ckptkit.options import RestoreDefaults
+
+if TYPE_CHECKING:
+    from ckptkit.processes import Job
+
+__all__ = ["ArrayRestoreArgs", "Leaf", "LeafSpec", "Problem", "RestoreArgs", "SaveArgs", "TypeHandler"]
+
+L = TypeVar("L")
+
+
+@attrs.define(kw_only=True)
+class SaveArgs:
+    """How one leaf is saved.
+
+    Attributes:
+      aggregate: kept for Orbax's callers; True is refused, since every leaf is stored on its own.
+      dtype: cast to this dtype before writing.
+      chunk_byte_size: upper bound of a chunk, in bytes.
+      shard_axes: axes to cut first when a chunk must become smaller.
+    """
+
+    aggregate: bool = False
+    dtype: Any = None
+    chunk_byte_size: int | None = None
+    shard_axes: tuple[int, ...] = ()
+
+
+@attrs.define(kw_only=True)
+class RestoreArgs:
+    """How one leaf is restored.
+
+    Attributes:
+      restore_type: type of the result, which picks the type handler; None means as saved.
+      dtype: cast to this dtype; None means as stored.
+      target: the leaf of the target tree that this was made from, if any.
+      defaults: what holds for the whole restore.
+    """
+
+    restore_type: Any = None
+    dtype: Any = None
+    target: Any = attrs.field(default=None, repr=False)
+    defaults: RestoreDefaults = attrs.field(factory=RestoreDefaults, repr=False)
+
+
+@attrs.define(kw_only=True)
+class ArrayRestoreArgs(RestoreArgs):
+    """How one jax.Array is restored.
+
+    Attributes:
+      mesh, mesh_axes: a sharding in two parts; used where `sharding` is None.
+      sharding: a `jax.sharding.Sharding`, or a `jax.experimental.layout.Format`.
+      global_shape, shape: the shape wanted, two names for one thing.
+      strict: a stored shape that differs is an error; False pads with zeros or truncates at the end of each axis.
+    """
+
+    restore_type: Any = None
+    mesh: Any = None
+    mesh_axes: Any = None
+    sharding: Any = None
+    global_shape: tuple[int, ...] | None = None
+    shape: tuple[int, ...] | None = None
+    strict: bool = True
+
+    def __attrs_post_init__(self) -> None:
+        if self.shape is not None and self.global_shape is not None and tuple(self.shape) != tuple(self.global_shape):
+            raise errors.ArgsError(
+                f"ArrayRestoreArgs: shape={self.shape} and global_shape={self.global_shape} differ; give one of them."
+            )
+
+
+class Leaf(NamedTuple):
+    """A leaf given to save.
+
+    Attributes:
+      key_path: the names of its keys, outermost first, as strings.
+      name: the same, joined: unique in the checkpoint.
+      value: the leaf.
+      save_args: how to save it.
+    """
+
+    key_path: tuple[str, ...]
+    name: str
+    value: Any
+    save_args: SaveArgs | None
+
+
+class LeafSpec(NamedTuple):
+    """What is stored of a leaf.
+
+    Attributes:
+      typestr: of the type handler that described it.
+      array: the array that holds its values, or None for an inline leaf.
+      inline: a JSON value kept in the checkpoint's metadata (a str leaf).
+      sharding: JSON that says where the array lived, or None.
+      extra: further JSON that the type handler wants back on restore.
+    """
+
+    typestr: str
+    array: ArraySpec | None
+    inline: Any = None
+    sharding: Mapping[str, Any] | None = None
+    extra: Mapping[str, Any] = {}
+
+
+class Problem(NamedTuple):
+    """Why a leaf cannot be saved or restored, and what to do about it; the pipeline adds its key path.
+
+    Attributes:
+      message: one sentence or two.
+      topology: the reason is that devices are missing, which becomes an `errors.TopologyError`.
+    """
+
+    message: str
+    topology: bool = False
+
+
+class TypeHandler(abc.ABC, Generic[L]):
+    """One kind of leaf. Stateless; one instance serves every save and restore.
+
+    Attributes:
+      typestr: written into the checkpoint; names the handler again on restore. Unique.
+      orbax_typestr: the word of Orbax's under which Orbax reads these leaves; one of 'jax.Array', 'np.ndarray',
+        'scalar', 'string'.
+    """
+
+    typestr: ClassVar[str]
+    orbax_typestr: ClassVar[str] = "np.ndarray"
+
+    @abc.abstractmethod
+    def describe(self, leaves: Sequence[Leaf]) -> Sequence[LeafSpec | Problem]:
+        """What each leaf will be stored as, or why it cannot be. No I/O and no copy of data."""
+
+    @abc.abstractmethod
+    def owned(self, leaves: Sequence[Leaf], specs: Sequence[LeafSpec], job: Job) -> Sequence[Sequence[Index]]:
+        """For each leaf the cells of its chunk grid that this process writes."""
+
+    @abc.abstractmethod
+    def stage(self, pieces: Sequence[tuple[L, LeafSpec, Index]]) -> Sequence[Array]:
+        """The values of cells named by `owned`, on the host, safe from what the caller does to the leaf afterwards."""
+
+    def staged_nbytes(self, leaf: L, spec: LeafSpec, index: Index) -> int:
+        """Host memory that staging the part takes, in bytes: its size, or 0 where `stage` returns a view."""
+        n = spec.array.dtype.itemsize if spec.array else 0
+        for start, stop in index:
+            n *= stop - start
+        return n
+
+    def request(self, target: Any, spec: LeafSpec, defaults: RestoreDefaults) -> RestoreArgs:
+        """The request that a leaf of a target tree makes; `target` is None where there is no target tree.
+
+        Where the result names a `restore_type`, the handler of that type restores the leaf.
+        """
+        return RestoreArgs(target=target, defaults=defaults)
+
+    @abc.abstractmethod
+    def needs(self, specs: Sequence[LeafSpec], requests: Sequence[RestoreArgs], job: Job) -> Sequence[Sequence[Index] | Problem]:
+        """For each leaf the parts of the stored array that this process must read, or why it cannot be restored."""
+
+    @abc.abstractmethod
+    def assemble(
+        self, specs: Sequence[LeafSpec], requests: Sequence[RestoreArgs], parts: Sequence[Mapping[Index, Array]]
+    ) -> Sequence[L]:
+        """The leaves, from the parts that `needs` asked for. The arrays are the handler's to keep; nobody else writes them."""

@@ -1,0 +1,284 @@
+"""Chunks out of an OCDBT database, of ours or of another program: straight from the files where they lie as in memory."""
+
+from __future__ import annotations
+
+import bisect
+import errno
+import functools
+import json
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import accumulate
+from typing import Any, Final, NamedTuple
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+
+from ckptkit import errors
+from ckptkit.location import Location
+from ckptkit.storage._ocdbt_values import Value, Values, key_prefix, nbytes_of
+from ckptkit.storage._zarr_cells import canonicalise, decode, fill_value
+from ckptkit.storage.base import ArraySpec, Index, Reader
+from ckptkit.storage.zarr_documents import DOCUMENT_NAMES, MAX_DOCUMENT_NBYTES, Document, Version, parse
+
+__all__ = ["OcdbtReader"]
+
+Array = npt.NDArray[Any]
+Request = tuple[str, Index, Array]
+
+# One task for a thread.
+_BATCH_NBYTES: Final = 32 << 20
+_BATCH_REQUESTS: Final = 4096
+
+# Decoded bytes that one stored byte may stand for: bzip2 packs 1.3 million zeros into one, zstd 33 thousand.
+_MAX_RATIO: Final = 1 << 21
+
+# What an array may claim beyond what its stored chunks can decode to, before anyone allocates it: chunks may be lost,
+# and where absent ones stand for the fill value nothing on the disk bears the claim out.
+_MAX_LOST_NBYTES: Final = 1 << 30
+_MAX_FILLED_NBYTES: Final = 1 << 40
+
+
+@attrs.frozen(eq=False)
+class _Cell:
+    """One request, and where its chunk is."""
+
+    name: str
+    index: Index
+    out: Array
+    document: Document
+    value: Value
+
+
+class _Arrays(Mapping[str, ArraySpec]):
+    """Arrays by name; two names that make the same keys are the same array."""
+
+    def __init__(self, by_prefix: Mapping[str, ArraySpec]) -> None:
+        self._by_prefix = by_prefix
+
+    def __getitem__(self, name: str) -> ArraySpec:
+        try:
+            array = self._by_prefix[key_prefix(name)]
+        except KeyError:
+            raise KeyError(name) from None
+        return array if array.name == name else array._replace(name=name)
+
+    def __iter__(self) -> Iterator[str]:
+        return (array.name for array in self._by_prefix.values())
+
+    def __len__(self) -> int:
+        return len(self._by_prefix)
+
+
+class _Listing(NamedTuple):
+    values: Mapping[bytes, Value]
+    documents: Mapping[str, Document]  # by key prefix
+    arrays: _Arrays
+
+
+class OcdbtReader(Reader):
+    """Lists the database at the first call; reads in threads of its own."""
+
+    def __init__(self, location: Location, values: Values) -> None:
+        self._location = location
+        self._values = values
+        self._pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="ckptkit-read")
+        self._lock = threading.Lock()
+        self._listing: _Listing | None = None
+        self._closed = False
+
+    def arrays(self) -> Mapping[str, ArraySpec]:
+        return self._listed().arrays
+
+    def read(self, requests: Sequence[Request]) -> Future[None]:
+        if self._closed:
+            raise errors.ClosedError(f"{self._location.url}: the reader was closed before this read.")
+        return _joined([self._pool.submit(self._read_batch, batch) for batch in _batches(requests)])
+
+    def close(self) -> None:
+        self._closed = True
+        self._pool.shutdown()
+        self._listing = None
+
+    def _listed(self) -> _Listing:
+        with self._lock:
+            if self._closed:
+                raise errors.ClosedError(f"{self._location.url}: the reader was closed before this call.")
+            if self._listing is None:
+                self._listing = self._list()
+            return self._listing
+
+    def _list(self) -> _Listing:
+        values = self._values.entries()
+        documents = {prefix: document for version in DOCUMENT_NAMES for prefix, document in self._parsed(values, version)}
+        self._check_claims(values, documents)
+        specs = {p: ArraySpec(_name(p), d.shape, d.dtype, d.chunk_shape) for p, d in documents.items()}
+        return _Listing(values, documents, _Arrays(specs))
+
+    def _parsed(self, values: Mapping[bytes, Value], version: Version) -> Iterator[tuple[str, Document]]:
+        """Key prefixes and documents of the arrays of one version of zarr; documents that are the same are parsed once."""
+        last = DOCUMENT_NAMES[version]
+        keys = [key for key in values if key == last.encode() or key.endswith(f"/{last}".encode())]
+        parsed = functools.cache(functools.partial(parse, version=version))
+        stored = self._values.read([values[key] for key in keys], limit=MAX_DOCUMENT_NBYTES + 1)
+        for key, data in zip(keys, stored, strict=True):
+            try:
+                prefix, document = key.decode().removesuffix(last), parsed(data)
+            except (UnicodeDecodeError, errors.FormatError) as error:
+                raise errors.FormatError(f"{self._location.url}: the document at key {key!r}: {error}.") from error
+            if document is not None and prefix != "/":  # no name leads there
+                yield prefix, document
+
+    def _check_claims(self, values: Mapping[bytes, Value], documents: Mapping[str, Document]) -> None:
+        """No array claims more memory than what is stored bears out."""
+        large = {p: d for p, d in documents.items() if d.padded_nbytes > _MAX_LOST_NBYTES and 0 not in d.shape}
+        if not large:
+            return
+        keys = list(values)
+        held = [0, *accumulate(map(nbytes_of, values.values()))]
+        for prefix, document in large.items():
+            begin = prefix.encode()
+            first, last = bisect.bisect_left(keys, begin), bisect.bisect_left(keys, begin + b"\xff")
+            stored = held[last] - held[first]
+            allowed = stored * (1 if document.raw else _MAX_RATIO)
+            allowed += _MAX_FILLED_NBYTES if self._absent_is_fill(document) else _MAX_LOST_NBYTES
+            if document.padded_nbytes > allowed:
+                raise errors.FormatError(
+                    f"{self._location.url}: array {prefix!r} of shape {document.shape} and dtype {document.dtype} claims "
+                    f"{document.padded_nbytes} bytes, but only {stored} are stored: the file is damaged or not to be trusted."
+                )
+
+    @functools.cached_property
+    def _stores_fill_values(self) -> bool | None:
+        """Whether Orbax's metadata says that chunks equal to the fill value were stored too; None without metadata."""
+        if not self._location.exists("_METADATA"):
+            return None
+        try:
+            metadata = json.loads(self._location.read_bytes("_METADATA"))
+            return bool(metadata.get("store_array_data_equal_to_fill_value", False))
+        except (ValueError, RecursionError, AttributeError):
+            return None
+
+    def _absent_is_fill(self, document: Document) -> bool:
+        stores = self._stores_fill_values
+        return document.fill is not None if stores is None else not stores
+
+    def _read_batch(self, requests: Sequence[Request]) -> None:
+        raw: list[_Cell] = []
+        encoded: dict[Document, list[_Cell]] = {}
+        for name, index, out in requests:
+            document, value = self._stored(name, index)
+            if value is None:
+                self._fill(name, index, document, out)
+                continue
+            cells = raw if document.raw else encoded.setdefault(document, [])
+            cells.append(_Cell(name, index, out, document, value))
+        self._read_raw(raw)
+        for document, cells in encoded.items():
+            count = max(1, _BATCH_NBYTES // document.cell_nbytes)
+            for i in range(0, len(cells), count):
+                self._read_encoded(document, cells[i : i + count])
+
+    def _stored(self, name: str, index: Index) -> tuple[Document, Value | None]:
+        listing = self._listed()
+        prefix = key_prefix(name)
+        document = listing.documents.get(prefix)
+        if document is None:
+            raise errors.NotFoundError(errno.ENOENT, f"there is no array {name!r} in the database", self._location.url)
+        return document, listing.values.get((prefix + document.chunk_key(index)).encode())
+
+    def _fill(self, name: str, index: Index, document: Document, out: Array) -> None:
+        if not self._absent_is_fill(document):
+            what = f"chunk {index} of array {name!r} is missing from the database; restore another checkpoint"
+            raise errors.NotFoundError(errno.ENOENT, what, self._location.url)
+        try:
+            out[...] = fill_value(document)
+        except Exception as error:
+            what = f"the fill value {document.fill!r} of array {name!r} does not suit it"
+            raise errors.FormatError(f"{self._location.url}: {what}: {error}") from error
+
+    def _read_raw(self, cells: Sequence[_Cell]) -> None:
+        """Reads straight into `out` where it is the cell's beginning, else the cell first."""
+        wanted: list[tuple[Value, npt.NDArray[np.uint8]]] = []
+        parts: list[tuple[_Cell, Array]] = []
+        for cell in cells:
+            document, out = cell.document, cell.out
+            if nbytes_of(cell.value) != document.cell_nbytes:
+                raise self._corrupt(cell, f"has {nbytes_of(cell.value)} bytes, expected {document.cell_nbytes}")
+            whole = out
+            if out.shape != document.chunk_shape and out.shape[1:] != document.chunk_shape[1:]:
+                whole = np.empty(document.chunk_shape, document.dtype)
+                parts.append((cell, whole))
+            wanted.append((cell.value, whole.reshape(-1).view(np.uint8)))
+        self._values.read_into(wanted)
+        for cell, whole in parts:
+            cell.out[...] = whole[tuple(map(slice, cell.out.shape))]
+        for cell in cells:
+            canonicalise(cell.out)
+
+    def _read_encoded(self, document: Document, cells: Sequence[_Cell]) -> None:
+        for cell in cells:
+            if nbytes_of(cell.value) < document.least_chunk_nbytes:
+                raise self._corrupt(cell, f"has {nbytes_of(cell.value)} bytes, expected {document.least_chunk_nbytes} at least")
+        encoded = self._values.read([cell.value for cell in cells])
+        try:
+            decoded = decode(document, encoded)
+        except MemoryError as error:
+            raise errors.StorageError(errno.ENOMEM, f"no memory to decode {self._what(cells[0])}", self._location.url) from error
+        except Exception as error:
+            if len(cells) == 1:
+                raise self._corrupt(cells[0], f"cannot be decoded: {error}") from error
+            for cell in cells:  # one by one, so that the error names the right one
+                self._read_encoded(document, [cell])
+            return
+        for cell, values in zip(cells, decoded, strict=True):
+            cell.out[...] = values[tuple(map(slice, cell.out.shape))]
+            canonicalise(cell.out)
+
+    def _what(self, cell: _Cell) -> str:
+        return f"chunk {cell.index} of array {cell.name!r}"
+
+    def _corrupt(self, cell: _Cell, what: str) -> errors.CorruptCheckpointError:
+        return errors.CorruptCheckpointError(f"{self._location.url}: {self._what(cell)} {what}; restore another checkpoint.")
+
+
+def _name(prefix: str) -> str:
+    """The shortest name of the array whose keys begin with `prefix`."""
+    return prefix[:-1] if key_prefix(prefix[:-1]) == prefix else prefix
+
+
+def _batches(requests: Sequence[Request]) -> Iterator[Sequence[Request]]:
+    begin = nbytes = 0
+    for end, (_, _, out) in enumerate(requests, 1):
+        nbytes += out.nbytes
+        if nbytes >= _BATCH_NBYTES or end - begin >= _BATCH_REQUESTS:
+            yield requests[begin:end]
+            begin, nbytes = end, 0
+    if begin < len(requests):
+        yield requests[begin:]
+
+
+def _joined(parts: Sequence[Future[None]]) -> Future[None]:
+    """Done when all parts are, since until then they write to the caller's memory; raises what the first of them raised."""
+    done: Future[None] = Future()
+    done.set_running_or_notify_cancel()
+    pending = len(parts)
+    lock = threading.Lock()
+
+    def finish(part: Future[None]) -> None:
+        nonlocal pending
+        with lock:
+            pending -= 1
+            if pending:
+                return
+        error = next((e for e in (p.exception() for p in parts) if e is not None), None)
+        done.set_result(None) if error is None else done.set_exception(error)
+
+    for part in parts:
+        part.add_done_callback(finish)
+    if not parts:
+        done.set_result(None)
+    return done

@@ -1,0 +1,88 @@
+"""The interface of a storage backend: chunks of arrays to and from bytes somewhere. It knows no leaf and no jax.
+
+The pipeline guarantees: a writer is told of all arrays before the first chunk; every chunk written or read is one cell
+of the array's regular grid (`ArraySpec.chunk_shape`, cut off at the array's end), C-contiguous; `out` arrays are
+C-contiguous and writable. Checksums are the pipeline's affair.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, ClassVar
+
+from ckptkit.grid import Array, ArraySpec, Chunk, Index, chunk_count, chunk_indices, whole
+
+if TYPE_CHECKING:
+    from ckptkit.location import Location
+    from ckptkit.options import StorageOptions
+    from ckptkit.processes import Job
+
+__all__ = ["ArraySpec", "Chunk", "Index", "Reader", "StorageBackend", "Writer", "chunk_count", "chunk_indices", "whole"]
+
+
+class Writer(abc.ABC):
+    """Writes the chunks of one checkpoint. Used from one thread at a time."""
+
+    @abc.abstractmethod
+    def write(self, chunks: Sequence[Chunk]) -> Future[None]:
+        """Starts to write chunks; the future is done when their data is no longer referenced (durable after `commit`)."""
+
+    @abc.abstractmethod
+    def commit(self) -> None:
+        """Finishes everything: when it returns, all arrays are on storage, files synced."""
+
+    @abc.abstractmethod
+    def abort(self) -> None:
+        """Stops and releases everything; what was written may stay (the directory is removed by the caller)."""
+
+
+class Reader(abc.ABC):
+    """Reads the chunks of one checkpoint. Thread-safe."""
+
+    @abc.abstractmethod
+    def arrays(self) -> Mapping[str, ArraySpec]:
+        """Every array that is stored, by name, with the grid it was written in. No array data is read.
+
+        Raises:
+          errors.FormatError: a document that cannot be understood, or sizes that the files cannot hold.
+        """
+
+    @abc.abstractmethod
+    def read(self, requests: Sequence[tuple[str, Index, Array]]) -> Future[None]:
+        """Fills `out` with the chunk at `index` of the array `name`, for each (name, index, out).
+
+        The future raises `errors.NotFoundError` for an unknown array or a missing chunk, `errors.StorageError` for
+        failed reads, `errors.CorruptCheckpointError` for bytes that cannot be decoded.
+        """
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Releases files and memory."""
+
+
+class StorageBackend(abc.ABC):
+    """A format: how arrays become bytes. Stateless; one instance serves every checkpoint.
+
+    Attributes:
+      name: what users write in `storage=`.
+    """
+
+    name: ClassVar[str]
+
+    @abc.abstractmethod
+    def refuse(self, arrays: Sequence[ArraySpec]) -> Sequence[str | None]:
+        """For each array the reason why it cannot be stored, or None; called before any I/O."""
+
+    @abc.abstractmethod
+    def writer(self, location: Location, arrays: Sequence[ArraySpec], options: StorageOptions, job: Job) -> Writer:
+        """A writer into an empty directory. `arrays` is everything that will be written."""
+
+    @abc.abstractmethod
+    def reader(self, location: Location) -> Reader:
+        """A reader of a directory that this backend wrote, or that another program wrote in its format."""
+
+    @abc.abstractmethod
+    def recognises(self, location: Location) -> bool:
+        """Whether the directory looks like this format; a few existence checks, nothing is opened."""
