@@ -1,0 +1,82 @@
+"""ckptkit saves and restores JAX pytrees, in Orbax's format; handlers, leaf types and storage backends are plugins.
+
+Every name is imported when first used, so that `import ckptkit` itself costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ckptkit._lazy import lazy_names
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from ckptkit import args as args
+    from ckptkit import errors as errors
+    from ckptkit import handlers as handlers
+    from ckptkit import hookspecs as hookspecs
+    from ckptkit import leaves as leaves
+    from ckptkit import options as options
+    from ckptkit import progress as progress
+    from ckptkit import reports as reports
+    from ckptkit import storage as storage
+    from ckptkit.checkpointer import AsyncCheckpointer as AsyncCheckpointer
+    from ckptkit.checkpointer import Checkpointer as Checkpointer
+    from ckptkit.checkpointer import PyTreeCheckpointer as PyTreeCheckpointer
+    from ckptkit.checkpointer import StandardCheckpointer as StandardCheckpointer
+    from ckptkit.checkpointer import restore as restore
+    from ckptkit.checkpointer import save as save
+    from ckptkit.checkpointer import save_async as save_async
+    from ckptkit.handlers.base import AsyncCheckpointHandler as AsyncCheckpointHandler
+    from ckptkit.handlers.base import CheckpointHandler as CheckpointHandler
+    from ckptkit.handlers.composite import CompositeCheckpointHandler as CompositeCheckpointHandler
+    from ckptkit.handlers.json import JsonCheckpointHandler as JsonCheckpointHandler
+    from ckptkit.handlers.pytree import PyTreeCheckpointHandler as PyTreeCheckpointHandler
+    from ckptkit.handlers.standard import StandardCheckpointHandler as StandardCheckpointHandler
+    from ckptkit.hookspecs import hookimpl as hookimpl
+    from ckptkit.hookspecs import hookspec as hookspec
+    from ckptkit.leaves.base import ArrayRestoreArgs as ArrayRestoreArgs
+    from ckptkit.leaves.base import RestoreArgs as RestoreArgs
+    from ckptkit.leaves.base import SaveArgs as SaveArgs
+    from ckptkit.leaves.base import TypeHandler as TypeHandler
+    from ckptkit.registry import Registry as Registry
+    from ckptkit.registry import default_registry as default_registry
+    from ckptkit.storage.base import StorageBackend as StorageBackend
+else:
+    __getattr__, __dir__, __all__ = lazy_names(
+        __name__,
+        {
+            "ArrayRestoreArgs": "ckptkit.leaves.base",
+            "AsyncCheckpointHandler": "ckptkit.handlers.base",
+            "AsyncCheckpointer": "ckptkit.checkpointer",
+            "CheckpointHandler": "ckptkit.handlers.base",
+            "Checkpointer": "ckptkit.checkpointer",
+            "CompositeCheckpointHandler": "ckptkit.handlers.composite",
+            "JsonCheckpointHandler": "ckptkit.handlers.json",
+            "PyTreeCheckpointHandler": "ckptkit.handlers.pytree",
+            "PyTreeCheckpointer": "ckptkit.checkpointer",
+            "Registry": "ckptkit.registry",
+            "RestoreArgs": "ckptkit.leaves.base",
+            "SaveArgs": "ckptkit.leaves.base",
+            "StandardCheckpointHandler": "ckptkit.handlers.standard",
+            "StandardCheckpointer": "ckptkit.checkpointer",
+            "StorageBackend": "ckptkit.storage.base",
+            "TypeHandler": "ckptkit.leaves.base",
+            "args": "ckptkit.args",
+            "default_registry": "ckptkit.registry",
+            "errors": "ckptkit.errors",
+            "handlers": "ckptkit.handlers",
+            "hookimpl": "ckptkit.hookspecs",
+            "hookspec": "ckptkit.hookspecs",
+            "hookspecs": "ckptkit.hookspecs",
+            "leaves": "ckptkit.leaves",
+            "options": "ckptkit.options",
+            "progress": "ckptkit.progress",
+            "reports": "ckptkit.reports",
+            "restore": "ckptkit.checkpointer",
+            "save": "ckptkit.checkpointer",
+            "save_async": "ckptkit.checkpointer",
+            "storage": "ckptkit.storage",
+        },
+    )

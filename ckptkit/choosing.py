@@ -1,0 +1,100 @@
+"""Which handler a call means, and with which args: from what the caller gave, and from what a checkpoint records."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ckptkit import args as args_lib
+from ckptkit import commit, errors
+from ckptkit.handlers.base import CheckpointHandler
+from ckptkit.location import FileLocation, Location
+from ckptkit.metadata.step import STEP_FILE, StepMetadata, decode_step
+from ckptkit.metadata.tree import TREE_FILE
+from ckptkit.registry import Registry, Use
+
+__all__ = ["belonging_args", "check_not_composite", "make_handler", "one_args", "resolved", "step_metadata", "stored_handler"]
+
+
+def one_args(args: tuple[Any, ...], kwargs: dict[str, Any]) -> args_lib.CheckpointArgs | None:
+    """The `CheckpointArgs` object among the arguments, or None where they are fields."""
+    given = [value for value in (*args, kwargs.get("args")) if isinstance(value, args_lib.CheckpointArgs)]
+    if not given:
+        if kwargs.get("args") is not None:
+            raise errors.ArgsTypeError(f"args= takes a CheckpointArgs object, not a {type(kwargs['args']).__name__}.")
+        return None
+    if len(args) + len(kwargs) > 1:
+        raise errors.ArgsError(f"{type(given[0]).__name__} already says everything; pass nothing beside it, or its fields alone.")
+    return given[0]
+
+
+def belonging_args(
+    registry: Registry, handler: CheckpointHandler, given: Any, args: tuple[Any, ...], kwargs: dict[str, Any], use: Use
+) -> Any:
+    """The args for a handler: those given if they belong to it, else made from the fields."""
+    if given is not None:
+        registry.check_args(type(handler), given, use)
+        return given
+    classes = registry.args_for(type(handler), use)
+    if not classes:
+        raise errors.RegistryError(
+            f"{type(handler).__name__} has no args class to {use} with; put @register_with_handler({type(handler).__name__}, "
+            f"for_{use}=True) over one."
+        )
+    return args_lib.make_args(classes[0], args, {name: value for name, value in kwargs.items() if name != "args"})
+
+
+def make_handler(handler_class: type[CheckpointHandler], registry: Registry | None) -> CheckpointHandler:
+    """A handler of this class that looks things up in `registry`."""
+    handler = handler_class()
+    if handler.registry is None:
+        handler.registry = registry
+    return handler
+
+
+def resolved(location: Location) -> Location:
+    """Where the checkpoint is to be read; see `commit.resolve`."""
+    return commit.resolve(location) if isinstance(location, FileLocation) else location
+
+
+def step_metadata(location: Location) -> StepMetadata:
+    """What `_CHECKPOINT_METADATA` says; empty where the file is missing, as in older checkpoints."""
+    if not location.exists(STEP_FILE):
+        return StepMetadata()
+    return decode_step(location.read_bytes(STEP_FILE), f"{location.url}/{STEP_FILE}")
+
+
+def stored_handler(registry: Registry, location: Location, own: Registry | None = None) -> CheckpointHandler:
+    """The handler that a checkpoint asks for: by its recorded type string, else by the files that are there.
+
+    Raises:
+      errors.RegistryError: the recorded handler is not registered here.
+      errors.FormatError: nothing that is there tells.
+    """
+    recorded = step_metadata(location).item_handlers
+    if isinstance(recorded, str):
+        return make_handler(registry.handler_for_typestr(recorded), own)
+    if isinstance(recorded, dict):
+        return make_handler(registry.handler_for_args(args_lib.Composite, use="restore"), own)
+    if location.exists(TREE_FILE):
+        return make_handler(registry.handler_for_args(args_lib.PyTreeRestore, use="restore"), own)
+    names = location.names()
+    if any(is_directory and location.child(name).exists(TREE_FILE) for name, is_directory in names.items()):
+        return make_handler(registry.handler_for_args(args_lib.Composite, use="restore"), own)
+    listed = ", ".join(sorted(names)) or "nothing"
+    raise errors.FormatError(
+        f"{location.url} is no checkpoint: neither it nor a directory in it holds {TREE_FILE}. It holds: {listed}."
+    )
+
+
+def check_not_composite(location: Location, restore_args: args_lib.CheckpointArgs) -> None:
+    """Refuses args for one tree where the checkpoint is a composite of several items.
+
+    Raises:
+      errors.ArgsError: names the items, and how to restore them.
+    """
+    recorded = step_metadata(location).item_handlers
+    if isinstance(recorded, dict) and not isinstance(restore_args, args_lib.Composite):
+        raise errors.ArgsError(
+            f"{location.url} is a composite of {', '.join(sorted(recorded))}; restore it with "
+            f"ckptkit.args.Composite(name={type(restore_args).__name__}(...)), or without args to get every item."
+        )

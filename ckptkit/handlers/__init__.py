@@ -1,0 +1,27 @@
+"""Checkpoint handlers: the interface, and those that come with ckptkit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ckptkit._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from ckptkit.handlers.base import AsyncCheckpointHandler as AsyncCheckpointHandler
+    from ckptkit.handlers.base import CheckpointHandler as CheckpointHandler
+    from ckptkit.handlers.composite import CompositeCheckpointHandler as CompositeCheckpointHandler
+    from ckptkit.handlers.json import JsonCheckpointHandler as JsonCheckpointHandler
+    from ckptkit.handlers.pytree import PyTreeCheckpointHandler as PyTreeCheckpointHandler
+    from ckptkit.handlers.standard import StandardCheckpointHandler as StandardCheckpointHandler
+else:
+    __getattr__, __dir__, __all__ = lazy_names(
+        __name__,
+        {
+            "AsyncCheckpointHandler": "ckptkit.handlers.base",
+            "CheckpointHandler": "ckptkit.handlers.base",
+            "CompositeCheckpointHandler": "ckptkit.handlers.composite",
+            "JsonCheckpointHandler": "ckptkit.handlers.json",
+            "PyTreeCheckpointHandler": "ckptkit.handlers.pytree",
+            "StandardCheckpointHandler": "ckptkit.handlers.standard",
+        },
+    )

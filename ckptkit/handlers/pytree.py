@@ -1,0 +1,333 @@
+"""The general handler of trees, under Standard (and whatever else stores arrays by name)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+from ckptkit import args as args_lib
+from ckptkit import discovery, errors, tree
+from ckptkit.handlers._stored import StoredTree
+from ckptkit.handlers.base import AsyncCheckpointHandler
+from ckptkit.index import INDEX_FILE, IndexDocument, encode_index
+from ckptkit.leaves.base import LeafSpec, RestoreArgs
+from ckptkit.metadata import arrays as array_documents
+from ckptkit.metadata import sharding as sharding_documents
+from ckptkit.metadata.json import checked_custom
+from ckptkit.metadata.tree import TREE_FILE, Entry, Key, TreeDocument, encode_tree, is_empty_node, nest
+from ckptkit.metadata.values import ArrayMetadata, ScalarMetadata, StorageMetadata, StringMetadata, TreeMetadata
+from ckptkit.options import MultiprocessingOptions, RestoreDefaults, StorageOptions
+from ckptkit.pipeline.restore import RestoreItem, restore_leaves
+from ckptkit.pipeline.save import PLAIN, LeafRules, SavePlan, plan_save, start_save
+from ckptkit.registry import Registry
+
+if TYPE_CHECKING:
+    from etils import epath
+
+__all__ = ["PyTreeCheckpointHandler"]
+
+_GB = 10**9
+
+
+class PyTreeCheckpointHandler(AsyncCheckpointHandler):
+    """Saves and restores any tree whose leaves have a type handler."""
+
+    further_typestrs = ("orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTreeHandler",)
+
+    def __init__(
+        self,
+        *,
+        save_concurrent_gb: float | None = None,
+        restore_concurrent_gb: float | None = None,
+        multiprocessing_options: MultiprocessingOptions | None = None,
+        use_ocdbt: bool = True,
+        use_zarr3: bool = False,
+        storage: str | None = None,
+    ) -> None:
+        """Sets what holds for every save and restore of this handler.
+
+        Args:
+          save_concurrent_gb: bound of the host memory that staged copies take while they are written, in 10**9 bytes; 96
+            where it is None.
+          restore_concurrent_gb: bound of what is read ahead of what is assembled, in 10**9 bytes; 96 where it is None.
+          multiprocessing_options: which processes take part.
+          use_ocdbt: False is short for `storage='zarr'`.
+          use_zarr3: write zarr version 3 documents.
+          storage: name of the storage backend; 'ocdbt' where it is None.
+
+        Raises:
+          errors.ArgsError: a bound that is not above 0.
+        """
+        self._save_bytes = _bytes("save_concurrent_gb", save_concurrent_gb)
+        self._restore_bytes = _bytes("restore_concurrent_gb", restore_concurrent_gb)
+        self._multiprocessing_options = multiprocessing_options or MultiprocessingOptions()
+        self._storage = storage or ("ocdbt" if use_ocdbt else "zarr")
+        self._use_zarr3 = use_zarr3
+
+    @classmethod
+    def typestr(cls) -> str:
+        return "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
+
+    async def async_save(self, directory: epath.Path, args: args_lib.PyTreeSave) -> list[Future[Any]]:
+        """Stages the tree and starts to write it; see `start_save`.
+
+        Raises:
+          errors.TreeError: lists every leaf that cannot be saved; nothing was written.
+        """
+        return self.start_save(directory, args)
+
+    def start_save(self, directory: epath.Path, args: args_lib.PyTreeSave, rules: LeafRules = PLAIN) -> list[Future[Any]]:
+        """What `async_save` does, for leaves as `rules` want them."""
+        registry = discovery.ready(self.registry)
+        custom_metadata = checked_custom(args.custom_metadata, "custom_metadata")
+        options = StorageOptions(use_zarr3=self._use_zarr3, target_data_file_size=args.ocdbt_target_data_file_size)
+        plan = plan_save(args.item, args.save_args, registry, registry.storage(self._storage), options, rules)
+
+        def documents(checksums: Mapping[str, list[str]]) -> Mapping[str, bytes]:
+            return _documents(plan, checksums, custom_metadata, registry)
+
+        return [start_save(plan, registry.location(directory), self._save_bytes, documents)]
+
+    def restore(self, directory: epath.Path, args: args_lib.PyTreeRestore | None = None) -> Any:
+        """The tree as saved, shaped like `args.item` if there is one; `args.restore_args` says how each leaf is restored.
+
+        Raises:
+          errors.TargetError: lists every disagreement between checkpoint and target.
+          errors.CorruptCheckpointError: bytes differ from what was written.
+        """
+        args = args or args_lib.PyTreeRestore()
+        return self.restore_tree(
+            directory,
+            args.item,
+            restore_args=args.restore_args,
+            defaults=RestoreDefaults(casting=args.casting),
+            partial=args.partial_restore,
+        )
+
+    def restore_tree(
+        self,
+        directory: epath.Path,
+        target: Any,
+        *,
+        restore_args: Any = None,
+        typed_by_target: bool = False,
+        defaults: RestoreDefaults,
+        partial: bool = False,
+    ) -> Any:
+        """The one path of every restore.
+
+        Args:
+          directory: what to read.
+          target: the tree to shape the result like, or None.
+          restore_args: a tree of `RestoreArgs` (or None) like the target, or like the stored tree where there is no target.
+          typed_by_target: the target's leaves say what each leaf becomes, where `restore_args` does not.
+          defaults: what holds for every leaf.
+          partial: leave out what the target does not name, instead of refusing it.
+        """
+        registry = discovery.ready(self.registry)
+        with StoredTree(registry.location(directory), registry) as stored:
+            if target is None and restore_args is None:
+                return _restore_all(stored, defaults, self._restore_bytes)
+            wanted = _Wanted(registry, stored, defaults, typed_by_target=typed_by_target)
+            structure = wanted.match(target, restore_args, partial=partial)
+            leaves = restore_leaves(wanted.items, stored.reader, stored.index, self._restore_bytes, stored.location.url)
+            for position, leaf in zip(wanted.positions, leaves, strict=True):
+                wanted.values[position] = leaf
+            return structure.unflatten(wanted.values)
+
+    def metadata(self, directory: epath.Path) -> TreeMetadata:
+        """The tree with the metadata of each leaf in its place; no array is read."""
+        registry = discovery.ready(self.registry)
+        with StoredTree(registry.location(directory), registry) as stored:
+            entries = stored.document.entries
+            values = [None if is_empty_node(entry) else _leaf_metadata(stored, entry, directory) for entry in entries]
+            return TreeMetadata(tree=nest(entries, values), custom_metadata=stored.document.custom_metadata)
+
+
+def _bytes(name: str, gigabytes: float | None) -> int:
+    if gigabytes is not None and not gigabytes > 0:
+        raise errors.ArgsError(f"{name}={gigabytes!r}: expected a number above 0, in 10**9 bytes.")
+    return int((96 if gigabytes is None else gigabytes) * _GB)
+
+
+def _documents(
+    plan: SavePlan, checksums: Mapping[str, list[str]], custom_metadata: Any, registry: Registry
+) -> Mapping[str, bytes]:
+    """Every small file of a saved tree; `_METADATA` last."""
+    words = {group.handler.typestr: group.handler.orbax_typestr for group in plan.groups}
+    structure, nodes = plan.structure, plan.nodes
+    leaves = [(name, spec) for name, spec in zip(structure.names, nodes, strict=True) if isinstance(spec, LeafSpec)]
+    index = IndexDocument(dict(checksums))
+    shardings, strings, metadatas = {}, {}, {}
+    for name, spec in leaves:
+        if words[spec.typestr] != spec.typestr:
+            index.typestrs[name] = spec.typestr
+            index.extras[name] = dict(spec.extra)
+        if words[spec.typestr] == "string":
+            strings[name] = spec.inline
+        if spec.sharding is not None:
+            shardings[name] = spec.sharding
+        if words[spec.typestr] == "jax.Array" and spec.array is not None:
+            metadatas[name] = _array_record(spec)
+    index.providers = {typestr: registry.provider_of(typestr) for typestr in set(index.typestrs.values())}
+    entries = [_entry(keys, node, words) for keys, node in zip(structure.keys, nodes, strict=True)]
+    document = TreeDocument(
+        entries=entries,
+        use_ocdbt=plan.backend.name == "ocdbt",
+        use_zarr3=plan.options.use_zarr3,
+        store_array_data_equal_to_fill_value=True,
+        custom_metadata=custom_metadata,
+    )
+    files = {INDEX_FILE: encode_index(index), sharding_documents.SHARDING_FILE: sharding_documents.encode_file(shardings)}
+    if metadatas:
+        files[array_documents.arrays_file(0)] = array_documents.encode_arrays(metadatas)
+    if strings:
+        files[array_documents.STRINGS_FILE] = array_documents.encode_strings(strings)
+    return {**files, TREE_FILE: encode_tree(document)}
+
+
+def _array_record(spec: LeafSpec) -> array_documents.ArrayRecord:
+    assert spec.array is not None
+    extra = dict(spec.extra)
+    write_shape = tuple(extra.pop("write_shape", None) or spec.array.chunk_shape)
+    return array_documents.ArrayRecord(write_shape, spec.array.chunk_shape, extra or None)
+
+
+def _entry(keys: tuple[Key, ...], node: Any, words: Mapping[str, str]) -> Entry:
+    if not isinstance(node, LeafSpec):
+        return Entry(keys, _empty_word(node), skip=True)
+    write_shape = node.extra.get("write_shape")
+    return Entry(keys, words[node.typestr], write_shape=tuple(write_shape) if write_shape is not None else None)
+
+
+def _empty_word(node: Any) -> str:
+    if node is None:
+        return "None"
+    if isinstance(node, Mapping):
+        return "Dict"
+    if isinstance(node, list):
+        return "List"
+    return "NamedTuple" if hasattr(node, "_fields") else "Tuple"
+
+
+def _restore_all(stored: StoredTree, defaults: RestoreDefaults, max_inflight_bytes: int) -> Any:
+    """Nested dicts and lists, every leaf as it was saved."""
+    entries = stored.document.entries
+    items, positions = [], []
+    for position, entry in enumerate(entries):
+        if not is_empty_node(entry):
+            _, spec = stored.leaf(entry)
+            handler = stored.type_handler(spec)
+            request = handler.request(None, spec, defaults)
+            items.append(RestoreItem(tree.key_path(entry.keys), spec, handler, request))
+            positions.append(position)
+    values: list[Any] = [None] * len(entries)
+    leaves = restore_leaves(items, stored.reader, stored.index, max_inflight_bytes, stored.location.url)
+    for position, leaf in zip(positions, leaves, strict=True):
+        values[position] = leaf
+    return nest(entries, values)
+
+
+class _Wanted:
+    """A target laid over a stored tree.
+
+    Attributes:
+      items: the leaves to read.
+      positions: where each of them stands among the target's leaves.
+      values: the target's leaves, those that need no reading already in place.
+    """
+
+    def __init__(self, registry: Registry, stored: StoredTree, defaults: RestoreDefaults, *, typed_by_target: bool) -> None:
+        self.items: list[RestoreItem] = []
+        self.positions: list[int] = []
+        self.values: list[Any] = []
+        self._registry = registry
+        self._stored = stored
+        self._defaults = defaults
+        self._typed_by_target = typed_by_target
+
+    def match(self, target: Any, restore_args: Any, *, partial: bool) -> tree.Structure:
+        """Pairs the leaves; the structure of the result is returned.
+
+        Raises:
+          errors.TargetError: lists what is missing on either side, and leaves that cannot become what was asked for.
+        """
+        values, structure = tree.flatten(restore_args if target is None else target)
+        requests = values if target is None else [None] * len(values)
+        if target is not None and restore_args is not None:
+            requests = tree.flatten_alike(structure, restore_args, "restore_args")
+        entries = {tree.key_path(entry.keys): entry for entry in self._stored.document.entries}
+        paths = [tree.key_path(keys) for keys in structure.keys]
+        missing = [str(path) for path, value in zip(paths, values, strict=True) if path not in entries and value is not ...]
+        unexpected = [] if partial else [str(path) for path in entries.keys() - set(paths)]
+        mismatched: list[str] = []
+        if not missing:
+            for position, (path, value) in enumerate(zip(paths, values, strict=True)):
+                self.values.append(value)
+                if value is ... or (target is not None and tree.is_empty_node(value)):
+                    continue
+                self._add(position, path, entries[path], value if target is not None else None, requests[position], mismatched)
+        self._refuse(missing, sorted(unexpected), mismatched)
+        return structure
+
+    def _add(self, position: int, path: tuple[str, ...], entry: Entry, target: Any, request: Any, mismatched: list[str]) -> None:
+        if is_empty_node(entry):
+            if target is None:
+                self.values[position] = None
+            else:
+                mismatched.append(
+                    f"{path}: a {type(target).__name__} was asked for, but an empty node ({entry.value_type}) is stored"
+                )
+            return
+        _, spec = self._stored.leaf(entry)
+        if request is None and target is not None and self._typed_by_target:
+            handler = self._registry.type_handler_for(type(target))
+            if handler is None:
+                mismatched.append(f"Unsupported type: {type(target)} for key: {path}; a target's leaves say what to restore into")
+                return
+            request = handler.request(target, spec, self._defaults)
+        if request is None or request.restore_type is None:
+            handler = self._stored.type_handler(spec)
+            request = handler.request(None, spec, self._defaults) if request is None else _completed(request, handler, spec)
+        else:
+            handler = self._registry.type_handler_for(request.restore_type) or self._stored.type_handler(spec)
+        self.items.append(RestoreItem(path, spec, handler, request))
+        self.positions.append(position)
+
+    def _refuse(self, missing: Sequence[str], unexpected: Sequence[str], mismatched: Sequence[str]) -> None:
+        sections = []
+        if missing:
+            sections.append(f"\n{len(missing)} in the target, but not in the checkpoint:{errors.listing(missing)}")
+        if unexpected:
+            sections.append(
+                f"\n{len(unexpected)} in the checkpoint, but not in the target (PyTreeRestore(partial_restore=True) leaves them "
+                f"out):{errors.listing(unexpected)}"
+            )
+        if mismatched:
+            sections.append(f"\n{len(mismatched)} that do not fit:{errors.listing(mismatched)}")
+        if sections:
+            raise errors.TargetError(f"The target and the checkpoint {self._stored.location.url} differ." + "".join(sections))
+
+
+def _completed(request: RestoreArgs, handler: Any, spec: LeafSpec) -> RestoreArgs:
+    """A request without a type: the leaf as saved, with what the request does say."""
+    completed: RestoreArgs = handler.request(None, spec, request.defaults)
+    completed.dtype = request.dtype
+    return completed
+
+
+def _leaf_metadata(stored: StoredTree, entry: Entry, directory: epath.Path) -> Any:
+    name, spec = stored.leaf(entry)
+    if spec.array is None:
+        return StringMetadata(name=name, directory=directory)
+    if entry.value_type == "scalar":
+        return ScalarMetadata(name=name, directory=directory, dtype=spec.array.dtype)
+    return ArrayMetadata(
+        name=name,
+        directory=directory,
+        shape=spec.array.shape,
+        dtype=spec.array.dtype,
+        sharding=None if spec.sharding is None else sharding_documents.ShardingMetadata(spec.sharding),
+        storage=StorageMetadata(chunk_shape=spec.array.chunk_shape, write_shape=spec.extra.get("write_shape")),
+    )

@@ -1,0 +1,114 @@
+"""The everyday handler of trees of arrays and numbers: translates args for the PyTree handler, nothing else."""
+
+from __future__ import annotations
+
+import numbers
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from ckptkit import args as args_lib
+from ckptkit import errors, tree
+from ckptkit.handlers.base import AsyncCheckpointHandler
+from ckptkit.handlers.pytree import PyTreeCheckpointHandler
+from ckptkit.metadata.values import TreeMetadata
+from ckptkit.options import MultiprocessingOptions, RestoreDefaults
+from ckptkit.pipeline.save import LeafRules
+from ckptkit.registry import Registry
+
+if TYPE_CHECKING:
+    from etils import epath
+
+__all__ = ["StandardCheckpointHandler"]
+
+
+class StandardCheckpointHandler(AsyncCheckpointHandler):
+    """Saves trees of jax.Array, np.ndarray, int, float and bool, and of leaf types that plugins add."""
+
+    def __init__(
+        self,
+        *,
+        save_concurrent_gb: float = 96,
+        restore_concurrent_gb: float = 96,
+        multiprocessing_options: MultiprocessingOptions | None = None,
+        use_ocdbt: bool = True,
+        use_zarr3: bool = False,
+        storage: str | None = None,
+    ) -> None:
+        """The arguments are those of `PyTreeCheckpointHandler`."""
+        self._pytree = PyTreeCheckpointHandler(
+            save_concurrent_gb=save_concurrent_gb,
+            restore_concurrent_gb=restore_concurrent_gb,
+            multiprocessing_options=multiprocessing_options,
+            use_ocdbt=use_ocdbt,
+            use_zarr3=use_zarr3,
+            storage=storage,
+        )
+
+    @property
+    def registry(self) -> Registry | None:  # one value, kept where it is used
+        return self._pytree.registry
+
+    @registry.setter
+    def registry(self, registry: Registry | None) -> None:
+        self._pytree.registry = registry
+
+    @classmethod
+    def typestr(cls) -> str:
+        return "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler"
+
+    async def async_save(self, directory: epath.Path, args: args_lib.StandardSave) -> list[Future[Any]]:
+        """Stages the tree and starts to write it.
+
+        Raises:
+          errors.TreeError: no tree, a tree without leaves, or leaves that cannot be saved, all of them listed.
+        """
+        _check_tree(args.item)
+        translated = args_lib.PyTreeSave(args.item, args.save_args, custom_metadata=args.custom_metadata)
+        return self._pytree.start_save(directory, translated, _RULES)
+
+    def restore(self, directory: epath.Path, args: args_lib.StandardRestore | None = None) -> Any:
+        """The tree, with the classes, types, dtypes and shardings of `args.item`, or as saved where there is none.
+
+        Raises:
+          errors.TargetError: lists every disagreement between checkpoint and target.
+          errors.TopologyError: the saved devices are not here, and nothing says where to put the arrays.
+          errors.CorruptCheckpointError: bytes differ from what was written.
+        """
+        args = args or args_lib.StandardRestore()
+        defaults = RestoreDefaults(
+            strict=args.strict,
+            fallback_sharding=args.fallback_sharding,
+            casting=args.casting,
+            support_layout=args.support_layout,
+        )
+        return self._pytree.restore_tree(directory, args.item, typed_by_target=True, defaults=defaults)
+
+    def metadata(self, directory: epath.Path) -> TreeMetadata:
+        return self._pytree.metadata(directory)
+
+    def close(self) -> None:
+        self._pytree.close()
+
+
+def _check_tree(item: Any) -> None:
+    if item is None:
+        raise errors.TreeError("Must provide item to save.")
+    if isinstance(item, (jax.Array, np.ndarray, numbers.Number)):
+        raise errors.TreeError(
+            "StandardCheckpointHandler / StandardSave does not support single arrays or scalars. Use ArrayCheckpointHandler / "
+            "ArraySave, or put it into a dict."
+        )
+    if tree.is_empty_node(item):
+        raise errors.TreeError("Found empty item. A tree needs at least one entry; even {'a': None} is one.")
+
+
+def _refusal(kind: type) -> str | None:
+    if issubclass(kind, (str, bytes)):
+        return "Standard saves arrays and numbers; use PyTreeSave for str, np.frombuffer for bytes."
+    return None
+
+
+_RULES = LeafRules(refusal=_refusal, as_array=lambda kind: issubclass(kind, np.generic), arrays_from_protocol=True)
