@@ -1,0 +1,234 @@
+"""Saves in the background: what the caller may do meanwhile, how errors surface, and how the program may end."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import textwrap
+import threading
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import trees
+
+import ckptkit
+from ckptkit import args, errors
+
+SIZE = 1 << 22
+
+
+def test_arrays_may_be_overwritten_donated_and_deleted_right_after_save(tmp_path: Path) -> None:
+    host = np.arange(SIZE, dtype=np.float32)
+    donated, deleted = jnp.arange(SIZE, dtype=jnp.float32), jnp.arange(SIZE, dtype=jnp.float32)
+    tree = {"host": host, "small": np.ones(3), "donated": donated, "deleted": deleted}
+    with ckptkit.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "c", tree)
+        host[:] = -1
+        tree["small"][:] = -1
+        jax.block_until_ready(jax.jit(lambda x: x * 0 - 1, donate_argnums=0)(donated))
+        deleted.delete()
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "c")
+    for name in ("host", "donated", "deleted"):
+        np.testing.assert_array_equal(restored[name], np.arange(SIZE))
+    np.testing.assert_array_equal(restored["small"], np.ones(3))
+
+
+def test_a_budget_below_the_tree_still_saves_what_it_held(tmp_path: Path) -> None:
+    tree = {f"a{i}": np.full(1 << 20, i, np.float32) for i in range(16)}
+    with ckptkit.StandardCheckpointer(save_concurrent_gb=0.006, restore_concurrent_gb=0.006) as checkpointer:
+        checkpointer.save(tmp_path / "c", tree)
+        for array in tree.values():
+            array[:] = -1
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "c")
+    trees.assert_same(restored, {f"a{i}": np.full(1 << 20, i, np.float32) for i in range(16)})
+
+
+def test_the_next_save_waits_for_the_one_in_flight(tmp_path: Path) -> None:
+    with ckptkit.StandardCheckpointer() as checkpointer:
+        for step in range(3):
+            checkpointer.save(tmp_path / str(step), {"a": np.full(SIZE, step)})
+            if step:
+                assert (tmp_path / str(step - 1)).is_dir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2"]
+
+
+class _Failing(ckptkit.AsyncCheckpointHandler):
+    async def async_save(self, directory: Any, args: Any) -> Any:
+        (directory / "half").write_text("half")
+        future: Future[None] = Future()
+        threading.Timer(0.05, future.set_exception, [OSError(28, "No space left on device")]).start()
+        return [future]
+
+    def restore(self, directory: Any, args: Any) -> Any:
+        return None
+
+
+class _FailingSave(args.CheckpointArgs):
+    pass
+
+
+@pytest.fixture
+def failing(registry: ckptkit.Registry) -> ckptkit.AsyncCheckpointer:
+    registry.add_args(_FailingSave, _Failing, for_save=True)
+    return ckptkit.AsyncCheckpointer(registry=registry)
+
+
+@pytest.mark.parametrize("see", ["wait_until_finished", "close", "save", "check_for_errors"])
+def test_an_error_stays_until_it_is_seen(tmp_path: Path, failing: ckptkit.AsyncCheckpointer, see: str) -> None:
+    failing.save(tmp_path / "c", _FailingSave())
+    if see == "check_for_errors":
+        while failing.is_saving_in_progress():
+            pass
+    with pytest.raises(errors.AsyncSaveError, match="No space left"):
+        failing.save(tmp_path / "d", _FailingSave()) if see == "save" else getattr(failing, see)()
+    failing.check_for_errors()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_handle_raises_its_error_at_every_call(tmp_path: Path) -> None:
+    handle = ckptkit.save_async(tmp_path / "c", {"a": np.ones(3)})
+    handle.result(60)
+    assert handle.done()
+    handle.result()
+
+
+def test_waiting_ends_with_a_typed_error_where_time_is_over(tmp_path: Path, failing: ckptkit.AsyncCheckpointer) -> None:
+    failing.save(tmp_path / "c", _FailingSave())
+    with pytest.raises(TimeoutError, match="goes on"):
+        failing.join(0.001)
+    with pytest.raises(errors.AsyncSaveError):
+        failing.wait_until_finished()
+
+
+def test_saves_work_inside_a_running_event_loop(tmp_path: Path) -> None:
+    async def notebook() -> Any:
+        ckptkit.save(tmp_path / "c", {"a": np.ones(3)})
+        with ckptkit.StandardCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / "d", {"a": np.ones(4)})
+        return ckptkit.restore(tmp_path / "d")
+
+    trees.assert_same(asyncio.run(notebook()), {"a": np.ones(4)})
+
+
+def test_two_writers_on_one_path_one_wins_and_the_other_is_told(tmp_path: Path) -> None:
+    with ckptkit.StandardCheckpointer() as first, ckptkit.StandardCheckpointer() as second:
+        first.save(tmp_path / "c", {"a": np.ones(1 << 24)})
+        with pytest.raises((errors.BusyError, errors.ExistsError)):
+            second.save(tmp_path / "c", {"a": np.zeros(2)})
+    np.testing.assert_array_equal(ckptkit.restore(tmp_path / "c")["a"], np.ones(1 << 24))
+
+
+def _run(code: str, *argv: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, argv)], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@pytest.mark.parametrize("end", ["", "sys.exit(0)", "raise SystemExit(3)", "raise RuntimeError('boom')"])
+def test_the_interpreter_finishes_a_save_in_flight_before_it_exits(tmp_path: Path, end: str) -> None:
+    done = _run(
+        f"""
+        import sys, numpy as np, jax.numpy as jnp, ckptkit
+        ckptkit.StandardCheckpointer().save(sys.argv[1], {{"a": np.ones(1 << 23), "b": jnp.ones(1 << 20)}})
+        {end}
+        """,
+        tmp_path / "c",
+    )
+    assert done.returncode == {"": 0, "sys.exit(0)": 0, "raise SystemExit(3)": 3}.get(end, 1), done.stderr
+    np.testing.assert_array_equal(ckptkit.restore(tmp_path / "c")["a"], np.ones(1 << 23))
+
+
+FULL_DISK = """
+    import resource, signal, sys, numpy as np, ckptkit
+    from ckptkit import errors
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    checkpointer = ckptkit.StandardCheckpointer()
+    checkpointer.save(sys.argv[1], {"a": np.zeros(10)})
+    checkpointer.wait_until_finished()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    checkpointer.save(sys.argv[1], {"a": np.ones(1 << 20)}, force=True)
+"""
+
+
+def test_a_write_that_fails_surfaces_at_the_next_call_and_leaves_the_old_checkpoint_whole(tmp_path: Path) -> None:
+    done = _run(
+        FULL_DISK
+        + """
+    try:
+        checkpointer.wait_until_finished()
+    except errors.StorageError as error:
+        print("seen", error.errno, error)
+    """,
+        tmp_path / "c",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("seen 27"), done.stdout
+    np.testing.assert_array_equal(ckptkit.restore(tmp_path / "c")["a"], np.zeros(10))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["c"]
+
+
+def test_a_failed_save_that_nobody_asked_about_makes_the_exit_status_1(tmp_path: Path) -> None:
+    done = _run(FULL_DISK, tmp_path / "c")
+    assert done.returncode == 1
+    assert "nobody" not in done.stdout
+    assert "a save in the background failed" in done.stderr
+    assert "File too large" in done.stderr
+    np.testing.assert_array_equal(ckptkit.restore(tmp_path / "c")["a"], np.zeros(10))
+
+
+@pytest.mark.parametrize("depth", ["save", "restore"])
+def test_at_most_eight_frames_lie_above_tensorstore(tmp_path: Path, depth: str) -> None:
+    """A stack trace from a failing disk is read by people."""
+    done = _run(
+        """
+        import os, sys, threading
+        import numpy as np
+        import ckptkit
+        folder = os.path.dirname(ckptkit.__file__)
+        import tensorstore as ts
+        path, what = sys.argv[1:]
+        checkpointer = ckptkit.StandardCheckpointer()
+        if what == "restore":
+            checkpointer.save(path, {"a": np.ones(3)})
+            checkpointer.wait_until_finished()
+        main = threading.get_ident()
+        counts = []
+
+        def ours(frame):
+            count = 0
+            while frame is not None:
+                count += frame.f_code.co_filename.startswith(folder)
+                frame = frame.f_back
+            return count
+
+        def profile(frame, event, callee):
+            modules = (getattr(callee, "__module__", None), type(getattr(callee, "__self__", None)).__module__)
+            if event == "c_call" and any((module or "").startswith("tensorstore") for module in modules):
+                total = ours(frame)
+                if threading.get_ident() != main:
+                    total += ours(sys._current_frames()[main])
+                counts.append(total)
+
+        threading.setprofile(profile)
+        sys.setprofile(profile)
+        if what == "save":
+            checkpointer.save(path, {"a": np.ones(3)})
+        else:
+            checkpointer.restore(path)
+        sys.setprofile(None)
+        checkpointer.close()
+        print(counts[0], max(counts))
+        """,
+        tmp_path / "c",
+        depth,
+    )
+    assert done.returncode == 0, done.stderr
+    assert 0 < int(done.stdout.split()[0]) <= 8, done.stdout

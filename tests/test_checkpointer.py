@@ -1,0 +1,358 @@
+"""Checkpointers as users call them: paths, args, handlers, and what happens when something is wrong."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import trees
+from etils import epath
+
+import ckptkit
+from ckptkit import args, errors
+
+TREE = {"w": np.arange(6.0).reshape(2, 3), "step": 7}
+
+
+@pytest.mark.parametrize("kind", [str, Path, epath.Path, os.path.relpath, lambda path: f"file://{path}"])
+def test_every_kind_of_path_is_taken(tmp_path: Path, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ckptkit.save(kind(tmp_path / "deep" / "er" / "c"), TREE)
+    trees.assert_same(ckptkit.restore(tmp_path / "deep" / "er" / "c"), TREE)
+
+
+@pytest.mark.parametrize(
+    "save",
+    [
+        lambda path: ckptkit.Checkpointer(ckptkit.PyTreeCheckpointHandler()).save(path, TREE),
+        lambda path: ckptkit.Checkpointer(ckptkit.StandardCheckpointHandler()).save(path, args.StandardSave(TREE)),
+        lambda path: ckptkit.Checkpointer(ckptkit.StandardCheckpointHandler()).save(path, args=args.StandardSave(TREE)),
+        lambda path: ckptkit.Checkpointer().save(path, args.StandardSaveArgs(TREE)),
+        lambda path: ckptkit.Checkpointer().save(path, args.PyTreeSave(TREE)),
+        lambda path: ckptkit.PyTreeCheckpointer().save(path, TREE),
+        lambda path: ckptkit.PyTreeCheckpointer().save(
+            path, item=TREE, save_args=jax.tree.map(lambda _: ckptkit.SaveArgs(), TREE)
+        ),
+        lambda path: ckptkit.save(path, args.PyTreeSave(TREE)),
+        lambda path: ckptkit.save_async(path, TREE).result(60),
+    ],
+)
+def test_every_way_to_save(tmp_path: Path, save: Any) -> None:
+    save(tmp_path / "c")
+    trees.assert_same(ckptkit.Checkpointer().restore(tmp_path / "c"), TREE)
+
+
+def test_save_args_cast_at_save_and_bound_chunks(tmp_path: Path) -> None:
+    with ckptkit.StandardCheckpointer() as checkpointer:
+        save_args = {"w": ckptkit.SaveArgs(dtype=np.float32, chunk_byte_size=12), "step": None}
+        checkpointer.save(tmp_path / "c", TREE, save_args=save_args)
+    metadata = ckptkit.Checkpointer().metadata(tmp_path / "c").item_metadata["w"]
+    assert (metadata.dtype, metadata.storage.chunk_shape) == (np.float32, (1, 3))
+    np.testing.assert_array_equal(ckptkit.restore(tmp_path / "c")["w"], TREE["w"])
+
+
+def test_args_that_do_not_belong_to_the_handler_are_refused_before_any_file_is_made(tmp_path: Path) -> None:
+    checkpointer = ckptkit.Checkpointer(ckptkit.StandardCheckpointHandler())
+    with pytest.raises(errors.ArgsError, match=r"StandardCheckpointHandler cannot save with .*JsonSave.*StandardSave"):
+        checkpointer.save(tmp_path / "c", args.JsonSave({"a": 1}))
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_bad_leaf_is_named_at_once_and_nothing_is_written(tmp_path: Path) -> None:
+    deleted = jnp.ones(2)
+    deleted.delete()
+    tree = {
+        "good": np.ones(2),
+        "text": "abc",
+        "bytes": b"abc",
+        "object": np.array([None]),
+        "time": np.array("2024-01-01", "datetime64[D]"),
+        "huge": 2**64,
+        "deleted": deleted,
+        "abstract": jax.ShapeDtypeStruct((2,), np.float32),
+        "f8": np.ones(2, ml_dtypes.float8_e4m3),
+        "u4": np.ones(2, ml_dtypes.uint4),
+        "deep": [{"set": {1, 2}}],
+    }
+    with pytest.raises(errors.TreeError) as caught, ckptkit.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "c", tree)
+    message = str(caught.value)
+    assert "10 of 11 leaves" in message
+    for key in tree.keys() - {"good", "deep"}:
+        assert f"('{key}',)" in message
+    assert "('deep', '0', 'set')" in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_traced_value_is_refused(tmp_path: Path) -> None:
+    @jax.jit
+    def step(x: Any) -> Any:
+        ckptkit.save(tmp_path / "c", {"x": x})
+        return x
+
+    with pytest.raises(errors.TreeError, match=r"\('x',\).*outside of jit"):
+        step(jnp.ones(2))
+
+
+@pytest.mark.parametrize("tree", [None, {}, [], np.ones(2), 3, jnp.ones(2)])
+def test_standard_refuses_what_is_no_tree_with_leaves(tmp_path: Path, tree: Any) -> None:
+    with pytest.raises(ValueError, match=r"Must provide item|empty item|single arrays"):
+        ckptkit.Checkpointer(ckptkit.StandardCheckpointHandler()).save(tmp_path / "c", args.StandardSave(tree))
+
+
+def test_names_that_collide_are_refused_naming_both(tmp_path: Path) -> None:
+    with pytest.raises(errors.TreeError, match=r"\('a', 'b'\) and \('a.b',\)|\('a.b',\) and \('a', 'b'\)"):
+        ckptkit.save(tmp_path / "c", {"a.b": np.ones(1), "a": {"b": np.zeros(1)}})
+
+
+def test_an_aggregate_option_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Unsupported option `aggregate`"), ckptkit.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "c", {"a": np.ones(1)}, save_args={"a": ckptkit.SaveArgs(aggregate=True)})
+
+
+def test_an_existing_checkpoint_is_kept_unless_forced(tmp_path: Path) -> None:
+    ckptkit.save(tmp_path / "c", TREE)
+    with pytest.raises(ValueError, match=r"Destination .* already exists.*force=True"):
+        ckptkit.save(tmp_path / "c", {"other": 1})
+    trees.assert_same(ckptkit.restore(tmp_path / "c"), TREE)
+    ckptkit.save(tmp_path / "c", {"other": 1}, force=True)
+    assert ckptkit.restore(tmp_path / "c") == {"other": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["c"]
+
+
+def test_a_missing_checkpoint_says_what_is_there(tmp_path: Path) -> None:
+    ckptkit.save(tmp_path / "step_10", TREE)
+    with pytest.raises(FileNotFoundError, match="step_10"):
+        ckptkit.restore(tmp_path / "step_11")
+
+
+def test_an_unfinished_checkpoint_is_refused(tmp_path: Path) -> None:
+    unfinished = tmp_path / f"c{'.orbax-checkpoint-tmp'}"
+    unfinished.mkdir()
+    with pytest.raises(ValueError, match="Found incomplete checkpoint at"):
+        ckptkit.restore(unfinished)
+    with pytest.raises(FileNotFoundError, match="never finished"):
+        ckptkit.restore(tmp_path / "c")
+
+
+def test_what_a_killed_save_left_is_tidied_by_the_next(tmp_path: Path) -> None:
+    leftover = tmp_path / "c.orbax-checkpoint-tmp"
+    (leftover / "d").mkdir(parents=True)
+    (leftover / "d" / "junk").write_text("junk")
+    ckptkit.save(tmp_path / "c", TREE)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["c"]
+    assert not list((tmp_path / "c").rglob("junk"))
+
+
+def test_a_directory_that_is_no_checkpoint_says_so(tmp_path: Path) -> None:
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "notes.txt").write_text("hello")
+    with pytest.raises(errors.FormatError, match=r"no checkpoint.*notes.txt"):
+        ckptkit.restore(tmp_path / "c")
+
+
+@pytest.mark.parametrize("name", ["_METADATA", "manifest.ocdbt"])
+def test_a_missing_required_file_is_named(tmp_path: Path, name: str) -> None:
+    ckptkit.save(tmp_path / "c", TREE)
+    (tmp_path / "c" / name).unlink()
+    with pytest.raises(FileNotFoundError, match=name):
+        ckptkit.restore(tmp_path / "c", TREE)
+
+
+@pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "_sharding", "array_metadatas/process_0", "ckptkit_index.json"])
+def test_a_missing_optional_file_is_no_error(tmp_path: Path, name: str) -> None:
+    tree = {"w": jnp.arange(4.0)}
+    ckptkit.save(tmp_path / "c", tree)
+    (tmp_path / "c" / name).unlink()
+    trees.assert_same(ckptkit.restore(tmp_path / "c"), tree)
+
+
+def test_a_flipped_byte_is_noticed_and_located(tmp_path: Path) -> None:
+    ckptkit.save(tmp_path / "c", {"layer": {"w": np.zeros(100_000)}})
+    data = max((tmp_path / "c" / "d").iterdir(), key=lambda file: file.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(errors.CorruptCheckpointError, match=r"\('layer', 'w'\)"):
+        ckptkit.restore(tmp_path / "c")
+
+
+def test_a_target_that_differs_is_described_from_both_sides(tmp_path: Path) -> None:
+    ckptkit.save(tmp_path / "c", {"a": np.ones((2, 3)), "b": {"c": 1}, "d": np.ones(2)})
+    with pytest.raises(ValueError, match="differ") as caught:
+        ckptkit.restore(tmp_path / "c", {"a": np.ones((2, 3)), "b": {"x": 1}})
+    assert "1 in the target, but not in the checkpoint:\n  ('b', 'x')" in str(caught.value)
+    assert "2 in the checkpoint, but not in the target" in str(caught.value)
+
+
+def test_every_shape_that_differs_is_named(tmp_path: Path) -> None:
+    ckptkit.save(tmp_path / "c", {"a": np.ones((2, 3)), "b": jnp.ones(4), "c": 1})
+    with pytest.raises(errors.TargetError) as caught:
+        ckptkit.restore(tmp_path / "c", {"a": np.ones((3, 2)), "b": jax.ShapeDtypeStruct((5,), np.float32), "c": 1})
+    assert "('a',): stored shape (2, 3), requested shape (3, 2)" in str(caught.value)
+    assert "('b',): stored shape (4,), requested shape (5,)" in str(caught.value)
+
+
+def test_strict_false_pads_and_truncates(tmp_path: Path) -> None:
+    ckptkit.save(tmp_path / "c", {"a": np.arange(6.0).reshape(2, 3), "b": jnp.arange(4.0)})
+    with ckptkit.StandardCheckpointer() as checkpointer:
+        target = {
+            "a": np.empty((3, 2)),
+            "b": jax.ShapeDtypeStruct((6,), np.float32, sharding=trees.abstract(jnp.ones(1)).sharding),
+        }
+        restored = checkpointer.restore(tmp_path / "c", target, strict=False)
+    np.testing.assert_array_equal(restored["a"], [[0, 1], [3, 4], [0, 0]])
+    np.testing.assert_array_equal(restored["b"], [0, 1, 2, 3, 0, 0])
+
+
+def test_a_target_decides_type_dtype_and_sharding(tmp_path: Path, mesh: jax.sharding.Mesh) -> None:
+    ckptkit.save(tmp_path / "c", {"a": jnp.arange(8.0), "b": np.arange(8), "c": 3, "d": np.ones(()), "e": jnp.arange(8)})
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    target = {
+        "a": jax.ShapeDtypeStruct((8,), jnp.bfloat16, sharding=sharding),
+        "b": jax.ShapeDtypeStruct((8,), np.int32, sharding=sharding),
+        "c": 0.0,
+        "d": 1,
+        "e": np.empty(8, np.int64),
+    }
+    expected = {
+        "a": jax.device_put(jnp.arange(8, dtype=jnp.bfloat16), sharding),
+        "b": jax.device_put(jnp.arange(8, dtype=np.int32), sharding),
+        "c": 3.0,
+        "d": 1,
+        "e": np.arange(8),
+    }
+    trees.assert_same(ckptkit.restore(tmp_path / "c", target), expected)
+
+
+def test_a_target_without_sharding_takes_the_saved_one(tmp_path: Path) -> None:
+    array = jax.device_put(jnp.arange(4.0), jax.devices()[5])
+    ckptkit.save(tmp_path / "c", {"a": array, "b": np.arange(3)})
+    restored = ckptkit.restore(
+        tmp_path / "c", {"a": jax.ShapeDtypeStruct((4,), np.float32), "b": jax.ShapeDtypeStruct((3,), np.int64)}
+    )
+    trees.assert_same(restored, {"a": array, "b": np.arange(3)})
+
+
+def test_a_64_bit_array_bound_for_jax_without_x64_is_an_error_with_the_ways_out(tmp_path: Path) -> None:
+    ckptkit.save(tmp_path / "c", {"a": np.array([2**40 + 1])})
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with pytest.raises(ValueError, match=r"jax_enable_x64 is off.*np.ndarray"):
+        ckptkit.restore(tmp_path / "c", {"a": jax.ShapeDtypeStruct((1,), np.int64, sharding=sharding)})
+
+
+def test_a_cast_that_changes_kind_warns_and_casting_forbids_it(tmp_path: Path) -> None:
+    ckptkit.save(tmp_path / "c", {"a": np.array([1.5])})
+    with pytest.warns(UserWarning, match=r"\('a',\): float64 -> int32"):
+        assert ckptkit.restore(tmp_path / "c", {"a": np.empty(1, np.int32)})["a"] == 1
+    with pytest.raises(errors.TargetError, match="casting='same_kind' forbids it"):
+        ckptkit.restore(tmp_path / "c", args.StandardRestore({"a": np.empty(1, np.int32)}, casting="same_kind"))
+
+
+def _with_devices_of_another_machine(path: Path) -> None:
+    file = path / "_sharding"
+    file.write_text(file.read_text().replace("cpu:0", "tpu:42"))
+
+
+def test_absent_devices_are_an_error_that_names_the_way_out(tmp_path: Path) -> None:
+    ckptkit.save(tmp_path / "c", {"a": jnp.ones(2)})
+    _with_devices_of_another_machine(tmp_path / "c")
+    with pytest.raises(ValueError, match=r"^Topology mismatch detected\..*fallback_sharding"):
+        ckptkit.restore(tmp_path / "c")
+    fallback = jax.sharding.SingleDeviceSharding(jax.devices()[3])
+    with ckptkit.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore(tmp_path / "c", fallback_sharding=fallback)
+    trees.assert_same(restored, {"a": jax.device_put(jnp.ones(2), fallback)})
+
+
+def test_none_in_the_target_leaves_a_leaf_unread(tmp_path: Path) -> None:
+    ckptkit.save(tmp_path / "c", {"a": np.ones(2), "b": np.ones(3)})
+    trees.assert_same(ckptkit.restore(tmp_path / "c", {"a": None, "b": np.empty(3)}), {"a": None, "b": np.ones(3)})
+
+
+def test_placeholders_and_partial_restore_leave_leaves_out(tmp_path: Path) -> None:
+    ckptkit.save(tmp_path / "c", {"a": np.ones(2), "b": np.ones(3)})
+    restored = ckptkit.restore(tmp_path / "c", args.PyTreeRestore({"a": ..., "b": 0}))
+    trees.assert_same(restored, {"a": ..., "b": np.ones(3)})
+    trees.assert_same(ckptkit.restore(tmp_path / "c", args.PyTreeRestore({"b": 0}, partial_restore=True)), {"b": np.ones(3)})
+
+
+def test_restore_args_say_how_each_leaf_is_restored(tmp_path: Path, mesh: jax.sharding.Mesh) -> None:
+    ckptkit.save(tmp_path / "c", {"a": np.arange(8, dtype=np.float32), "b": np.ones(3), "c": np.ones(2)})
+    spec = jax.sharding.PartitionSpec("x")
+    restore_args = {
+        "a": ckptkit.ArrayRestoreArgs(restore_type=jax.Array, mesh=mesh, mesh_axes=spec),
+        "b": ckptkit.RestoreArgs(restore_type=np.ndarray, dtype=np.float16),
+        "c": ckptkit.RestoreArgs(),
+    }
+    expected = {
+        "a": jax.device_put(jnp.arange(8.0), jax.sharding.NamedSharding(mesh, spec)),
+        "b": np.ones(3, np.float16),
+        "c": np.ones(2),
+    }
+    trees.assert_same(ckptkit.restore(tmp_path / "c", args.PyTreeRestore(restore_args=restore_args)), expected)
+    trees.assert_same(ckptkit.PyTreeCheckpointer().restore(tmp_path / "c", restore_args=restore_args), expected)
+
+
+def test_large_arrays_are_cut_into_chunks_and_come_back(tmp_path: Path, mesh: jax.sharding.Mesh) -> None:
+    big = np.arange(12_000_001, dtype=np.float32)
+    wide = np.arange(9_000_000, dtype=np.float64).reshape(3, 3_000_000)
+    sharded = jax.device_put(
+        big[:12_000_000].reshape(4000, 3000), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x", "y"))
+    )
+    tree = {"big": big, "wide": wide, "sharded": sharded, "fortran": np.asfortranarray(wide[:, :1000])}
+    ckptkit.save(tmp_path / "c", tree)
+    other = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("y", "x"), None))
+    target = {**trees.abstract(tree), "sharded": jax.ShapeDtypeStruct((4000, 3000), np.float32, sharding=other)}
+    restored = ckptkit.restore(tmp_path / "c", target)
+    for name in ("big", "wide", "fortran"):
+        np.testing.assert_array_equal(restored[name], tree[name])
+    trees.assert_same(restored["sharded"], jax.device_put(sharded, other))
+
+
+def test_custom_metadata_and_leaf_metadata_are_returned(tmp_path: Path) -> None:
+    with ckptkit.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "c", {"a": np.ones((2, 3)), "n": 1}, custom_metadata={"epoch": 3})
+        checkpointer.wait_until_finished()
+        metadata = checkpointer.metadata(tmp_path / "c")
+    assert metadata.custom_metadata == {"epoch": 3}
+    assert metadata.item_handlers == ckptkit.StandardCheckpointHandler.typestr()
+    assert (metadata.item_metadata["a"].shape, metadata.item_metadata["a"].dtype) == ((2, 3), np.float64)
+    assert metadata.init_timestamp_nsecs < metadata.commit_timestamp_nsecs
+
+
+def test_custom_metadata_that_json_cannot_hold_is_a_type_error(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="custom_metadata"), ckptkit.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "c", TREE, custom_metadata={"a": {1, 2}})
+
+
+def test_a_closed_checkpointer_says_so(tmp_path: Path) -> None:
+    checkpointer = ckptkit.Checkpointer()
+    checkpointer.close()
+    with pytest.raises(errors.ClosedError, match="closed"):
+        checkpointer.restore(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a/b", "a b", "50%", "größe", "..", "\0", "x" * 300, ""])
+def test_every_key_is_stored_unchanged(tmp_path: Path, name: str) -> None:
+    tree = {name: np.arange(3), "other": {name: jnp.ones(2)}}
+    ckptkit.save(tmp_path / "c", tree)
+    trees.assert_same(ckptkit.restore(tmp_path / "c"), tree)
+
+
+def test_unreadable_directories_give_one_error_with_the_path(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(errors.StorageError, match="file"):
+        ckptkit.save(tmp_path / "file" / "c", TREE)
+
+
+def test_permission_bits_are_set(tmp_path: Path) -> None:
+    options = ckptkit.options.FileOptions(path_permission_mode=0o750)
+    ckptkit.Checkpointer(file_options=options).save(tmp_path / "c", args.StandardSave(TREE))
+    assert {oct(d.stat().st_mode & 0o777) for d in [tmp_path / "c", tmp_path / "c" / "d"]} == {"0o750"}

@@ -1,0 +1,118 @@
+"""From a temporary directory to a checkpoint: locks, overwriting, and what killed writers left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ckptkit import commit, errors
+from ckptkit.location import FileLocation
+
+
+def _begin(path: Path, *, force: bool = False) -> commit.Pending:
+    pending = commit.begin(FileLocation(path), force=force, mode=None)
+    pending.temporary.write_bytes("sub/file", path.name.encode())
+    return pending
+
+
+def test_nothing_is_visible_before_the_commit_and_everything_after(tmp_path: Path) -> None:
+    pending = _begin(tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+    pending.commit()
+    assert (tmp_path / "c" / "sub" / "file").read_bytes() == b"c"
+    assert os.listdir(tmp_path) == ["c"]
+
+
+def test_a_second_writer_is_refused_while_the_first_is_at_it(tmp_path: Path) -> None:
+    first = _begin(tmp_path / "c")
+    with pytest.raises(errors.BusyError, match="under way"):
+        _begin(tmp_path / "c")
+    first.abandon()
+    _begin(tmp_path / "c").commit()
+
+
+def test_a_destination_that_came_into_being_meanwhile_is_kept(tmp_path: Path) -> None:
+    pending = _begin(tmp_path / "c")
+    (tmp_path / "c").mkdir()
+    with pytest.raises(errors.ExistsError):
+        pending.commit()
+    pending.abandon()
+    assert os.listdir(tmp_path) == ["c"]
+    assert not os.listdir(tmp_path / "c")
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two renames"])
+def test_force_replaces_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool) -> None:
+    if not exchange:
+        monkeypatch.setattr(commit, "_exchange_function", lambda: None)
+    old = _begin(tmp_path / "c")
+    old.temporary.write_bytes("old", b"")
+    old.commit()
+    _begin(tmp_path / "c", force=True).commit()
+    assert os.listdir(tmp_path) == ["c"]
+    assert os.listdir(tmp_path / "c") == ["sub"]
+
+
+def test_between_two_renames_the_old_checkpoint_is_read_where_it_was_set_aside(tmp_path: Path) -> None:
+    _begin(tmp_path / "c").commit()
+    aside = f"{tmp_path / 'c'}.ckptkit-old.orbax-checkpoint-tmp"
+    os.rename(tmp_path / "c", aside)
+    assert commit.resolve(FileLocation(tmp_path / "c")).local_path == aside
+    _begin(tmp_path / "c", force=True).abandon()
+    assert os.listdir(tmp_path) == ["c"]
+
+
+def test_a_set_aside_checkpoint_counts_as_existing(tmp_path: Path) -> None:
+    _begin(tmp_path / "c").commit()
+    os.rename(tmp_path / "c", f"{tmp_path / 'c'}.ckptkit-old.orbax-checkpoint-tmp")
+    with pytest.raises(errors.ExistsError):
+        _begin(tmp_path / "c")
+
+
+_WRITER = """
+import sys, time
+from ckptkit import commit
+from ckptkit.location import FileLocation
+pending = commit.begin(FileLocation(sys.argv[1]), force=True, mode=None)
+pending.temporary.write_bytes("half", b"half")
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_the_lock_of_a_killed_writer_is_gone_and_its_leftovers_are_tidied(tmp_path: Path) -> None:
+    _begin(tmp_path / "c").commit()
+    with subprocess.Popen([sys.executable, "-c", _WRITER, str(tmp_path / "c")], stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        with pytest.raises(errors.BusyError):
+            _begin(tmp_path / "c", force=True)
+        writer.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while (pending := _try_begin(tmp_path / "c")) is None:
+        assert time.monotonic() < deadline
+    pending.commit()
+    assert os.listdir(tmp_path) == ["c"]
+    assert os.listdir(tmp_path / "c") == ["sub"]
+
+
+def _try_begin(path: Path) -> commit.Pending | None:
+    try:
+        return _begin(path, force=True)
+    except errors.BusyError:
+        return None
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a/../../x", "a\0b", "", "a//b", "."])
+def test_names_never_lead_outside_the_directory(tmp_path: Path, name: str) -> None:
+    location = FileLocation(tmp_path / "c")
+    for use in (location.child, location.read_bytes, lambda n: location.write_bytes(n, b"")):
+        with pytest.raises((errors.FormatError, errors.NotFoundError)):
+            use(name)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,95 @@
+"""Rules of the project that no other test would notice broken: layers, lint, types, what an import costs."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+CONFIG = tomllib.loads(PYPROJECT)
+SOURCES = sorted((ROOT / "ckptkit").rglob("*.py"))
+PUBLIC_MODULES = ["", ".args", ".errors", ".handlers", ".hookspecs", ".leaves", ".options", ".reports", ".storage"]
+
+
+def python(code: str) -> str:
+    """What a fresh interpreter prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def tool(*command: str) -> None:
+    """Runs a lint tool in the project and fails with its report."""
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_imports_point_downwards():
+    tool("importlinter.cli")
+
+
+def test_every_module_has_a_layer():
+    (layers,) = [contract for contract in CONFIG["tool"]["importlinter"]["contracts"] if contract["id"] == "layers"]
+    placed = {name for layer in layers["layers"] for name in re.split(r"\s*[:|]\s*", layer)}
+    modules = {".".join(file.relative_to(ROOT).with_suffix("").parts) for file in SOURCES if file.stem != "__init__"}
+
+    assert sorted(module for module in modules if not any(f"{module}.".startswith(f"{name}.") for name in placed)) == []
+
+
+def test_public_names_have_the_types_that_callers_rely_on():
+    tool("mypy", "tests/typing")
+
+
+def test_every_exception_to_a_lint_rule_has_a_reason():
+    ignored = PYPROJECT[PYPROJECT.index("[tool.ruff.lint]") : PYPROJECT.index("[tool.ruff.lint.pydocstyle]")]
+    rules = [line for line in ignored.splitlines() if re.match(r' +"[A-Z]+\d*",', line)]
+
+    assert rules
+    assert [line for line in rules if "#" not in line] == []
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_every_ignored_finding_has_a_code_and_a_reason(file: Path):
+    lines = file.read_text(encoding="utf-8").splitlines()
+    bare = [line for line in lines if re.search(r"# (noqa|type: ignore)", line)]
+    reasoned = r"# noqa: [A-Z0-9, ]+ - \S|# type: ignore\[[\w, -]+\]  # \S"
+
+    assert [line for line in bare if not re.search(reasoned, line)] == []
+
+
+@pytest.mark.parametrize("module", PUBLIC_MODULES)
+def test_public_names_exist_and_are_listed_in_order(module: str):
+    python(f"""
+import ckptkit{module} as module
+assert list(module.__all__) == sorted(module.__all__), module.__all__
+for name in module.__all__:
+    getattr(module, name)
+""")
+
+
+def test_package_ships_its_types():
+    assert (ROOT / "ckptkit" / "py.typed").exists()
+
+
+def test_import_adds_little_to_that_of_jax():
+    code = "import time, jax; start = time.perf_counter(); import ckptkit; print(time.perf_counter() - start)"
+
+    secs = statistics.median(float(python(code)) for _ in range(5))
+
+    print(f"import ckptkit: {secs * 1e3:.1f} ms after jax")
+    assert secs < 0.1
+
+
+def test_import_brings_no_heavy_library():
+    code = "import sys, jax; before = set(sys.modules); import ckptkit; print(*sorted(set(sys.modules) - before))"
+
+    brought = {name.partition(".")[0] for name in python(code).split()}
+
+    assert brought.isdisjoint({"tensorstore", "orbax", "flax", "optax", "tqdm", "rich", "asyncio"})
