@@ -40,7 +40,7 @@ def in_package(module: str, package: str) -> bool:
 
 def is_a(cls: type, base: type) -> bool:
     """Whether a class is, or inherits from, another, by name: either may have been executed again since."""
-    return any(name_of(each) == name_of(base) for each in cls.__mro__)
+    return any(key_of(each) == key_of(base) for each in cls.__mro__)
 
 
 def imported(name: str) -> Any:

@@ -110,7 +110,9 @@ def _flag(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
 
 def _casting(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
     if value not in get_args(Casting):
-        raise errors.ArgsError(f"{type(instance).__name__}({attribute.name}={value!r}): expected one of {', '.join(get_args(Casting))}.")
+        raise errors.ArgsError(
+            f"{type(instance).__name__}({attribute.name}={value!r}): expected one of {', '.join(get_args(Casting))}."
+        )
 
 
 def _file_size(_instance: Any, _attribute: attrs.Attribute[Any], value: Any) -> None:

@@ -21,10 +21,8 @@ from typing import Any
 from ckptkit import errors
 from ckptkit.location import FileLocation, mapped_os_errors
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # Windows: no advisory locks on directories; two writers are told apart by mkdir alone
-    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["TEMPORARY_SUFFIX", "Pending", "begin", "resolve"]
 
@@ -159,15 +157,18 @@ def _locked_directory(temporary: str, path: str) -> int:
             raise errors.BusyError(f"{path}: another save to this path is under way ({temporary} is locked); wait for it.")
         # Between mkdir and lock its former holder may have renamed the directory away: then this locks a committed one.
         with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(lock), os.stat(temporary)):
+            if sys.platform == "win32" or os.path.samestat(os.fstat(lock), os.stat(temporary)):
                 return lock
         os.close(lock)
     raise errors.BusyError(f"{path}: other saves to this path keep coming; let one writer at a time save to it.")
 
 
 def _try_lock(path: str) -> int | None:
-    """A descriptor that holds the exclusive lock of a directory; None where another holds it."""
-    if fcntl is None:
+    """A descriptor that holds the exclusive lock of a directory; None where another holds it.
+
+    Windows has no locks on directories: there a second writer is not noticed.
+    """
+    if sys.platform == "win32":
         return os.open(os.devnull, os.O_RDONLY)
     try:
         descriptor = os.open(path, os.O_RDONLY)

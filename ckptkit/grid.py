@@ -11,7 +11,18 @@ import attrs
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Array", "ArraySpec", "Chunk", "Index", "chunk_count", "chunk_indices", "fit_chunk_shape", "index_shape", "whole"]
+__all__ = [
+    "Array",
+    "ArraySpec",
+    "Chunk",
+    "Index",
+    "chunk_count",
+    "chunk_indices",
+    "fit_chunk_shape",
+    "index_nbytes",
+    "index_shape",
+    "whole",
+]
 
 Index = tuple[tuple[int, int], ...]
 """Start and stop per axis, global coordinates; `()` for a 0-d array."""
@@ -76,6 +87,14 @@ def chunk_count(array: ArraySpec) -> int:
 def index_shape(index: Index) -> tuple[int, ...]:
     """The lengths of an index per axis."""
     return tuple([stop - start for start, stop in index])
+
+
+def index_nbytes(array: ArraySpec, index: Index) -> int:
+    """Bytes of a part of an array in memory."""
+    size = array.dtype.itemsize
+    for start, stop in index:
+        size *= stop - start
+    return size
 
 
 def fit_chunk_shape(shape: Sequence[int], itemsize: int, max_byte_size: int, axes: Sequence[int] = ()) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ import re
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import attrs
 
@@ -25,9 +25,6 @@ from ckptkit.handlers.base import CheckpointHandler
 from ckptkit.leaves.base import TypeHandler
 from ckptkit.location import Location
 from ckptkit.storage.base import StorageBackend
-
-if TYPE_CHECKING:
-    from types import ModuleType
 
 __all__ = ["Owner", "Plugin", "PluginFailure", "Registry", "default_registry", "owned_by"]
 
@@ -47,7 +44,7 @@ class Plugin:
     """A loaded plugin: who brought it, and the module or object with its hooks."""
 
     owner: Owner
-    plugin: ModuleType | object
+    plugin: object
 
 
 @attrs.frozen(eq=False)
@@ -146,13 +143,13 @@ class Registry:
           errors.ArgsTypeError: not a subclass of CheckpointArgs, or of CheckpointHandler.
           errors.ConflictError: the class is bound to another handler, or the type string is taken.
         """
+        _check_class(args_class, CheckpointArgs, "args class")
+        _check_class(handler_class, CheckpointHandler, "handler class")
         if not (for_save or for_restore):
             raise errors.ArgsError(
                 f"{name_of(args_class)}: for_save and for_restore are both False; say what the class is for with for_save=True, "
                 "for_restore=True, or both."
             )
-        _check_class(args_class, CheckpointArgs, "args class")
-        _check_class(handler_class, CheckpointHandler, "handler class")
         binding = _Binding(args_class, handler_class)
         tables = [self._args["save"]] * for_save + [self._args["restore"]] * for_restore
         with self._lock:
@@ -324,8 +321,8 @@ class Registry:
         self.ensure_loaded()
         with self._lock:
             bindings = [binding for key in self._args[use] if (binding := self._args[use].get(key))]
-        names = [name_of(cls) for cls in handler_class.__mro__]
-        return tuple(args_class for name in names for args_class, bound in bindings if name_of(bound) == name)
+        keys = [key_of(cls) for cls in handler_class.__mro__]
+        return tuple(args_class for key in keys for args_class, bound in bindings if key_of(bound) == key)
 
     def check_args(self, handler_class: HandlerClass, args: Any, use: Use) -> None:
         """Refuses args that do not belong to a handler. An unregistered subclass of args that do is fine.

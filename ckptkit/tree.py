@@ -5,6 +5,7 @@ Empty containers and None count as leaves here, since a checkpoint records them;
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
@@ -21,12 +22,19 @@ __all__ = ["Structure", "flatten", "flatten_alike", "is_empty_node", "key_path"]
 
 def is_empty_node(value: Any) -> bool:
     """Whether a node holds nothing: None, or a dict, list or tuple (named ones too) without entries."""
-    return value is None or (isinstance(value, (Mapping, list, tuple)) and not value)
+    kind: Any = type(value)
+    return value is None or (_is_container(kind) and not value)
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_container(kind: Any) -> bool:
+    """By type, and remembered: asking 10,000 arrays whether they are a Mapping takes longer than flattening the tree."""
+    return issubclass(kind, (Mapping, list, tuple))
 
 
 def key_path(keys: Sequence[Key]) -> tuple[str, ...]:
-    """The names of the keys, outermost first: how messages show where a leaf is."""
-    return tuple(key.name for key in keys)
+    """The names of the keys, outermost first."""
+    return tuple([key.name for key in keys])
 
 
 @attrs.frozen(eq=False)
@@ -36,11 +44,13 @@ class Structure:
     Attributes:
       treedef: jax's own description; puts leaves back together.
       keys: per leaf, its keys, outermost first.
-      names: per leaf, the names of its keys joined with '.', as Orbax names what it stores.
+      paths: per leaf, the names of its keys: how messages show where a leaf is.
+      names: per leaf, the same joined with '.', as Orbax names what it stores.
     """
 
     treedef: Any
     keys: tuple[tuple[Key, ...], ...]
+    paths: tuple[tuple[str, ...], ...]
     names: tuple[str, ...]
 
     def unflatten(self, leaves: Sequence[Any]) -> Any:
@@ -82,8 +92,9 @@ def flatten(tree: Any) -> tuple[list[Any], Structure]:
 
 def _structure(tree: Any, treedef: Any) -> Structure:
     with_paths, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_empty_node)
-    keys = tuple(tuple(key_of(key) for key in path) for path, _ in with_paths)
-    return Structure(treedef, keys, tuple(".".join([key.name for key in path]) for path in keys))
+    keys = tuple([tuple([key_of(key) for key in path]) for path, _ in with_paths])
+    paths = tuple(map(key_path, keys))
+    return Structure(treedef, keys, paths, tuple(map(".".join, paths)))
 
 
 def flatten_alike(structure: Structure, tree: Any, what: str) -> list[Any]:
@@ -107,7 +118,7 @@ def name_collisions(structure: Structure, stored: Sequence[int]) -> list[str]:
     paths: dict[str, list[tuple[str, ...]]] = {}
     for i in stored:
         if counts[names[i]] > 1:
-            paths.setdefault(names[i], []).append(key_path(structure.keys[i]))
+            paths.setdefault(names[i], []).append(structure.paths[i])
     return [
         f"{' and '.join(map(str, where))}: both would be stored as {name!r}; rename one of them." for name, where in paths.items()
     ]

@@ -113,7 +113,9 @@ def test_any_kind_of_class_can_be_args(args_class):
 
 @pytest.mark.parametrize("args_class", [*FOREIGN, args.StandardSave, args.PyTreeSave])
 def test_arguments_that_do_not_fit_are_told_what_does(args_class):
-    with pytest.raises(errors.ArgsTypeError, match=rf"{args_class.__qualname__} takes \(item, .*unexpected keyword argument 'leve'"):
+    with pytest.raises(
+        errors.ArgsTypeError, match=rf"{args_class.__qualname__} takes \(item, .*unexpected keyword argument 'leve'"
+    ):
         args.make_args(args_class, (TREE,), {"leve": 2})
 
 

@@ -43,7 +43,9 @@ def install(tmp_path, monkeypatch):
     def make(name, version, value, **files):
         site = tmp_path / name
         (site / f"{name}-{version}.dist-info").mkdir(parents=True)
-        (site / f"{name}-{version}.dist-info" / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        (site / f"{name}-{version}.dist-info" / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        )
         (site / f"{name}-{version}.dist-info" / "entry_points.txt").write_text(f"[ckptkit]\nplug = {value}\n")
         for module, source in files.items():
             file = site / f"{module.replace('__', '/')}.py"
@@ -126,7 +128,10 @@ BROKEN = {
     "raises while imported": ("raise ValueError('no such device')", "ValueError: no such device"),
     "exits while imported": ("import sys; sys.exit(3)", "SystemExit: 3"),
     "does not parse": ("def", "SyntaxError"),
-    "needs what is not there": ("import no_such_library_anywhere", "ModuleNotFoundError: No module named 'no_such_library_anywhere'"),
+    "needs what is not there": (
+        "import no_such_library_anywhere",
+        "ModuleNotFoundError: No module named 'no_such_library_anywhere'",
+    ),
     "raises in its hook": (
         "from ckptkit import hookimpl\n@hookimpl\ndef ckptkit_register(registry): raise KeyError('x')",
         "KeyError: 'x'",
@@ -135,14 +140,21 @@ BROKEN = {
         "from ckptkit import hookimpl\n@hookimpl\ndef ckptkit_registers(registry): ...",
         r"(?s)unknown hook 'ckptkit_registers'.*they are .*ckptkit_register\b",
     ),
-    "forgot the mark": ("def ckptkit_register(registry): ...", r"ckptkit_register of .* is not marked as a hook.*@ckptkit\.hookimpl"),
+    "forgot the mark": (
+        "def ckptkit_register(registry): ...",
+        r"ckptkit_register of .* is not marked as a hook.*@ckptkit\.hookimpl",
+    ),
     "misnames an argument": (
         "from ckptkit import hookimpl\n@hookimpl\ndef ckptkit_register(register): ...",
         r"(?s)'register'.*The hooks are:.*ckptkit_register\(registry",
     ),
     "takes what is built in": (
-        "from ckptkit import hookimpl, args\nfrom ckptkit.handlers import JsonCheckpointHandler\n"
-        "@hookimpl\ndef ckptkit_register(registry):\n    registry.add_args(args.StandardSave, JsonCheckpointHandler, for_save=True)",
+        """
+        from ckptkit import JsonCheckpointHandler, args, hookimpl
+        @hookimpl
+        def ckptkit_register(registry):
+            registry.add_args(args.StandardSave, JsonCheckpointHandler, for_save=True)
+        """,
         r"ConflictError.*ckptkit .* \(built in\) holds it.*broken 0\.9 \(entry point 'plug'\) wants it",
     ),
 }
@@ -151,7 +163,9 @@ BROKEN = {
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_broken_plugin_is_reported_and_breaks_nothing_else(registry, install, caplog, case):
     source, message = BROKEN[case]
-    points = install("broken", "0.9", "broken", broken=source) + install("good_other", "1.0", "good_other", good_other=GOOD + REGISTERS)
+    points = install("broken", "0.9", "broken", broken=source) + install(
+        "good_other", "1.0", "good_other", good_other=GOOD + REGISTERS
+    )
     with caplog.at_level(logging.WARNING, logger="ckptkit.discovery"):
         discovery.load(registry, points)
     assert failure(registry).startswith("plugin broken 0.9 (entry point 'plug') failed to load: ")

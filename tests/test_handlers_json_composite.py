@@ -10,6 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 
+import ckptkit
 from ckptkit import args, errors
 from ckptkit.handlers.base import AsyncCheckpointHandler, CheckpointHandler
 from ckptkit.handlers.composite import CompositeCheckpointHandler
@@ -221,6 +222,14 @@ def test_an_item_can_have_a_handler_of_its_own(registry, directory):
     assert handler.restore(directory).note == {"x": 1}
 
 
+def test_that_handler_looks_things_up_where_the_composite_does(registry):
+    note = JsonCheckpointHandler()
+    handler = CompositeCheckpointHandler(note=note)
+    handler.registry = registry
+    handler.item_typestrs(args.Composite(note=args.JsonSave({})))
+    assert note.registry is registry
+
+
 def test_that_handler_refuses_args_of_another(registry, directory):
     handler = CompositeCheckpointHandler(note=JsonCheckpointHandler())
     handler.registry = registry
@@ -284,13 +293,15 @@ class NowSave(args.CheckpointArgs):
 def test_an_error_in_the_background_names_its_item(composite, registry, directory):
     registry.add_args(LaterSave, LaterHandler, for_save=True)
     with pytest.raises(errors.StorageError, match="item 'later': disk full") as caught:
-        composite.save(directory, args.Composite(fine=LaterSave(None), later=LaterSave(errors.StorageError(28, "disk full", "/x"))))
+        composite.save(
+            directory, args.Composite(fine=LaterSave(None), later=LaterSave(errors.StorageError(28, "disk full", "/x")))
+        )
     assert caught.value.errno == 28
 
 
 def test_a_foreign_error_keeps_its_message_and_has_a_note(composite, registry, directory):
     registry.add_args(LaterSave, LaterHandler, for_save=True)
-    with pytest.raises(RuntimeError, match="^boom") as caught:
+    with pytest.raises(RuntimeError, match=r"^boom") as caught:
         composite.save(directory, args.Composite(later=LaterSave(RuntimeError("boom"))))
     assert caught.value.__notes__ == ["in item 'later'"]
 
@@ -312,3 +323,22 @@ def test_orbax_restores_our_composite_and_we_restore_orbaxs(composite, saved, tm
     ours = composite.restore(theirs)
     np.testing.assert_array_equal(ours.state["a"], TREE["a"])
     assert ours.note == {"x": 1}
+
+
+def test_a_checkpointer_tells_the_item_that_failed_in_the_background_and_leaves_nothing(registry, tmp_path):
+    registry.add_args(LaterSave, LaterHandler, for_save=True)
+    items = args.Composite(state=args.StandardSave(TREE), later=LaterSave(errors.StorageError(28, "disk full", "/x")))
+    checkpointer = ckptkit.AsyncCheckpointer(registry=registry)
+    checkpointer.save(tmp_path / "checkpoint", items)
+    with pytest.raises(errors.StorageError, match="item 'later': disk full"):
+        checkpointer.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpointer_restores_every_item(registry, tmp_path):
+    checkpointer = ckptkit.Checkpointer(registry=registry)
+    checkpointer.save(tmp_path / "checkpoint", args.Composite(state=args.StandardSave(TREE), note=args.JsonSave({"x": 1})))
+    restored = checkpointer.restore(tmp_path / "checkpoint")
+    np.testing.assert_array_equal(restored.state["a"], TREE["a"])
+    assert restored.note == {"x": 1}
+    assert checkpointer.metadata(tmp_path / "checkpoint").item_metadata.state["a"].shape == (3,)

@@ -181,7 +181,9 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize(("stream", "force", "shown"), [(Terminal, False, True), (io.StringIO, False, False), (io.StringIO, True, True)])
+@pytest.mark.parametrize(
+    ("stream", "force", "shown"), [(Terminal, False, True), (io.StringIO, False, False), (io.StringIO, True, True)]
+)
 def test_a_bar_is_shown_on_a_terminal_or_when_forced(monkeypatch, stream, force, shown):
     pytest.importorskip("tqdm")
     monkeypatch.setattr(sys, "stderr", stream())

@@ -88,7 +88,9 @@ def test_the_class_of_args_finds_the_handler(notes):
 
 
 def test_args_of_an_unregistered_class_are_told_how_to_register(registry):
-    with pytest.raises(ValueError, match=r"NotesSave is not registered .*register_with_handler\(TheHandler, for_save=True\)") as caught:
+    with pytest.raises(
+        ValueError, match=r"NotesSave is not registered .*register_with_handler\(TheHandler, for_save=True\)"
+    ) as caught:
         registry.handler_for_args(NotesSave(), use="save")
     assert isinstance(caught.value, errors.RegistryError)
 
@@ -104,7 +106,8 @@ def test_args_for_neither_use_are_refused(registry):
 
 
 @pytest.mark.parametrize(
-    ("args_class", "handler_class"), [(dict, NotesHandler), (NotesSave(), NotesHandler), (NotesSave, dict), (NotesSave, NotesHandler())]
+    ("args_class", "handler_class"),
+    [(dict, NotesHandler), (NotesSave(), NotesHandler), (NotesSave, dict), (NotesSave, NotesHandler())],
 )
 def test_what_is_no_args_or_handler_class_is_a_type_error(registry, args_class, handler_class):
     with pytest.raises(TypeError, match="expected a subclass of ckptkit"):
@@ -114,7 +117,10 @@ def test_what_is_no_args_or_handler_class_is_a_type_error(registry, args_class, 
 def test_args_bound_to_another_handler_conflict_and_both_owners_are_named(registry):
     with owned_by(ACME):
         registry.add_args(NotesSave, NotesHandler, for_save=True)
-    with owned_by(OTHER), pytest.raises(errors.ConflictError, match=r"acme-checkpoints 1\.2 .*'acme'.*other-package 3\.0 .*'other'"):
+    with (
+        owned_by(OTHER),
+        pytest.raises(errors.ConflictError, match=r"acme-checkpoints 1\.2 .*'acme'.*other-package 3\.0 .*'other'"),
+    ):
         registry.add_args(NotesSave, JsonCheckpointHandler, for_save=True)
     assert registry.handler_for_args(NotesSave, use="save") is NotesHandler
 
@@ -139,7 +145,9 @@ def test_args_classes_of_a_handler_come_in_order_and_those_of_its_bases_last(not
 
 def test_args_of_another_handler_are_refused_with_both_names(notes):
     notes.add_args(args.JsonSave, JsonCheckpointHandler, for_save=True)
-    message = r"NotesHandler cannot save with ckptkit\.args\.JsonSave, which belongs to .*JsonCheckpointHandler\. It takes: .*NotesSave"
+    message = (
+        r"NotesHandler cannot save with ckptkit\.args\.JsonSave, which belongs to .*JsonCheckpointHandler\. It takes: .*NotesSave"
+    )
     with pytest.raises(errors.ArgsError, match=message):
         notes.check_args(NotesHandler, args.JsonSave({}), "save")
 
@@ -162,7 +170,7 @@ def test_args_of_a_subclass_do_not_belong_to_the_base(notes):
 
     notes.add_args(Special, OtherNotesHandler, for_save=True)
     notes.check_args(OtherNotesHandler, Special(), "save")
-    with pytest.raises(errors.ArgsError, match="belongs to .*OtherNotesHandler"):
+    with pytest.raises(errors.ArgsError, match=r"belongs to .*OtherNotesHandler"):
         notes.check_args(NotesHandler, Special(), "save")
 
 
@@ -177,6 +185,23 @@ def test_classes_made_by_one_function_are_told_apart(registry):
     first, second = make(NotesHandler), make(JsonCheckpointHandler)
     assert registry.handler_for_args(first, use="save") is NotesHandler
     assert registry.handler_for_args(second, use="save") is JsonCheckpointHandler
+
+
+def test_handlers_made_by_one_function_take_their_own_args_alone(registry):
+    def make():
+        class Handler(NotesHandler):
+            pass
+
+        class Save(args.CheckpointArgs):
+            pass
+
+        registry.add_args(Save, Handler, for_save=True)
+        return Save, Handler
+
+    (first, first_handler), (second, _) = make(), make()
+    assert registry.args_for(first_handler, "save") == (first,)
+    with pytest.raises(errors.ArgsError, match="belongs to"):
+        registry.check_args(first_handler, second(), "save")
 
 
 # Type strings of handlers
@@ -403,7 +428,7 @@ def test_a_path_of_bytes_is_refused(places):
 
 def test_the_factory_of_a_scheme_is_given_the_url(places):
     urls = []
-    places.add_scheme("acme", lambda url: urls.append(url) or FileLocation("/tmp"))
+    places.add_scheme("acme", lambda url: urls.append(url) or FileLocation("/somewhere"))
     places.location("ACME://bucket/run")
     assert urls == ["ACME://bucket/run"]
 
@@ -426,9 +451,9 @@ def test_what_is_no_scheme_is_refused(registry, scheme):
 
 
 def test_two_functions_for_a_scheme_conflict(registry):
-    registry.add_scheme("acme", lambda url: FileLocation(url))
+    registry.add_scheme("acme", lambda url: FileLocation(f"/one/{url}"))
     with pytest.raises(errors.ConflictError, match="scheme 'acme'"):
-        registry.add_scheme("acme", lambda url: FileLocation(url))
+        registry.add_scheme("acme", lambda url: FileLocation(f"/two/{url}"))
 
 
 # Owners, undoing, executing again
@@ -487,7 +512,8 @@ def notebook(registry, monkeypatch):
 
 
 def test_a_class_executed_again_replaces_itself(registry, notebook):
-    old, new = notebook(), notebook()
+    notebook()
+    new = notebook()
     assert registry.args_for(new.Handler, "save") == (new.Save,)
     assert registry.handler_for_typestr("acme.args.Handler") is new.Handler
     assert registry.handler_for_args(new.Save(), use="save") is new.Handler

@@ -121,7 +121,7 @@ class CompositeCheckpointHandler(AsyncCheckpointHandler):
             raise errors.ArgsTypeError(
                 f"Item {name!r}: expected CheckpointArgs such as StandardSave(tree), not {type(args).__qualname__} ({hint})."
             )
-        if given := self._given.get(name):
+        if given := self._given_handler(name):
             registry.check_args(type(given), args, "save")
             return given
         return self._make(name, registry.handler_for_args(args, use="save"))
@@ -139,7 +139,7 @@ class CompositeCheckpointHandler(AsyncCheckpointHandler):
         return handler, args_lib.make_args(classes[0], (), {})
 
     def _handler_to_restore(self, registry: Registry, stored: _Stored, name: str, args: Any) -> CheckpointHandler:
-        if given := self._given.get(name):
+        if given := self._given_handler(name):
             return given
         if args is not None:
             return self._make(name, registry.handler_for_args(args, use="restore"))
@@ -150,6 +150,12 @@ class CompositeCheckpointHandler(AsyncCheckpointHandler):
         raise errors.FormatError(
             f"{stored.location.url}: nothing tells how item {name!r} was saved; give its args: Composite({name}=JsonRestore())."
         )
+
+    def _given_handler(self, name: str) -> CheckpointHandler | None:
+        handler = self._given.get(name)
+        if handler is not None and handler.registry is None:
+            handler.registry = self.registry
+        return handler
 
     def _make(self, name: str, handler_class: type[CheckpointHandler]) -> CheckpointHandler:
         handler = self._made.setdefault((name, handler_class), handler_class())

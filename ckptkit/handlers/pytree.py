@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptkit import args as args_lib
 from ckptkit import discovery, errors, tree
+from ckptkit._gc import paused_gc
 from ckptkit.handlers._stored import StoredTree
 from ckptkit.handlers.base import AsyncCheckpointHandler
 from ckptkit.index import INDEX_FILE, IndexDocument, encode_index
@@ -77,6 +78,7 @@ class PyTreeCheckpointHandler(AsyncCheckpointHandler):
         """
         return self.start_save(directory, args)
 
+    @paused_gc()
     def start_save(self, directory: epath.Path, args: args_lib.PyTreeSave, rules: LeafRules = PLAIN) -> list[Future[Any]]:
         """What `async_save` does, for leaves as `rules` want them."""
         registry = discovery.ready(self.registry)
@@ -105,6 +107,7 @@ class PyTreeCheckpointHandler(AsyncCheckpointHandler):
             partial=args.partial_restore,
         )
 
+    @paused_gc()
     def restore_tree(
         self,
         directory: epath.Path,
@@ -136,6 +139,7 @@ class PyTreeCheckpointHandler(AsyncCheckpointHandler):
                 wanted.values[position] = leaf
             return structure.unflatten(wanted.values)
 
+    @paused_gc()
     def metadata(self, directory: epath.Path) -> TreeMetadata:
         """The tree with the metadata of each leaf in its place; no array is read."""
         registry = discovery.ready(self.registry)

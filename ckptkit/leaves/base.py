@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 import attrs
 
 from ckptkit import errors
-from ckptkit.grid import Array, ArraySpec, Index
+from ckptkit.grid import Array, ArraySpec, Index, index_nbytes
 from ckptkit.options import RestoreDefaults
 
 if TYPE_CHECKING:
@@ -153,12 +153,9 @@ class TypeHandler(abc.ABC, Generic[L]):
     def stage(self, pieces: Sequence[tuple[L, LeafSpec, Index]]) -> Sequence[Array]:
         """The values of cells named by `owned`, on the host, safe from what the caller does to the leaf afterwards."""
 
-    def staged_nbytes(self, leaf: L, spec: LeafSpec, index: Index) -> int:
-        """Host memory that staging the part takes, in bytes: its size, or 0 where `stage` returns a view."""
-        n = spec.array.dtype.itemsize if spec.array else 0
-        for start, stop in index:
-            n *= stop - start
-        return n
+    def staged_nbytes(self, pieces: Sequence[tuple[L, LeafSpec, Index]]) -> Sequence[int]:
+        """Host memory that staging each cell takes, in bytes: its size, or 0 where `stage` returns a view."""
+        return [index_nbytes(spec.array, index) if spec.array else 0 for _, spec, index in pieces]
 
     def request(self, target: Any, spec: LeafSpec, defaults: RestoreDefaults) -> RestoreArgs:
         """The request that a leaf of a target tree makes; `target` is None where there is no target tree.

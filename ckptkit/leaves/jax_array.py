@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ckptkit import errors
-from ckptkit.grid import Array, ArraySpec, Index, chunk_indices, fit_chunk_shape
+from ckptkit.grid import Array, ArraySpec, Index, chunk_indices, fit_chunk_shape, index_nbytes
 from ckptkit.leaves._requests import Wanted, clip, fit, resolve
 from ckptkit.leaves.base import ArrayRestoreArgs, Leaf, LeafSpec, Problem, RestoreArgs, SaveArgs, TypeHandler
-from ckptkit.metadata.sharding import encode_sharding, to_jax
+from ckptkit.metadata.sharding import ShardingMetadata, encode_sharding, to_jax
 from ckptkit.options import MAX_CHUNK_BYTE_SIZE, RestoreDefaults
 
 if TYPE_CHECKING:
@@ -51,29 +51,35 @@ class JaxArrayHandler(TypeHandler[jax.Array]):
             owned.append(cells)
         return owned
 
-    def staged_nbytes(self, leaf: jax.Array, spec: LeafSpec, index: Index) -> int:
-        return 0 if _is_view(leaf, spec) else super().staged_nbytes(leaf, spec, index)
+    def staged_nbytes(self, pieces: Sequence[tuple[jax.Array, LeafSpec, Index]]) -> Sequence[int]:
+        is_view = _viewed()
+        return [0 if is_view(leaf, spec) else index_nbytes(spec.array, index) for leaf, spec, index in pieces if spec.array]
 
     def stage(self, pieces: Sequence[tuple[jax.Array, LeafSpec, Index]]) -> Sequence[Array]:
-        if len(pieces) > 1:
-            for leaf, spec, _ in pieces:
-                if not _is_view(leaf, spec):
-                    _raw(leaf).copy_to_host_async()  # so that the transfers of a batch overlap
-        shards: dict[int, Callable[[Index], Array]] = {}
+        is_view = _viewed()
+        for leaf, spec, _ in pieces:
+            if not is_view(leaf, spec):
+                _raw(leaf).copy_to_host_async()  # so that the transfers of a batch overlap
+        cutters: dict[int, Callable[[Index], Array]] = {}
         staged = []
         for leaf, spec, index in pieces:
-            if (cut := shards.get(id(leaf))) is None:
-                cut = shards[id(leaf)] = _cutter(_raw(leaf))
-            data = cut(index)
             assert spec.array is not None
-            staged.append(data if data.dtype == spec.array.dtype else data.astype(spec.array.dtype))
+            if spec.array.chunk_shape == leaf.shape and not _is_key(leaf):
+                data = np.asarray(leaf)  # one cell, so one shard
+            else:
+                if (cut := cutters.get(id(leaf))) is None:
+                    cut = cutters[id(leaf)] = _cutter(_raw(leaf))
+                data = cut(index)
+            if data.dtype != spec.array.dtype:
+                data = data.astype(spec.array.dtype)
+            staged.append(data if data.flags.c_contiguous else np.ascontiguousarray(data))
         return staged
 
     def request(self, target: Any, spec: LeafSpec, defaults: RestoreDefaults) -> RestoreArgs:
         if target is None:
             return ArrayRestoreArgs(restore_type=jax.Array, strict=defaults.strict, defaults=defaults)
-        sharding = getattr(target, "sharding", None)
-        if hasattr(sharding, "to_jax_sharding"):  # what `metadata()` returned is a target too
+        sharding = target.sharding
+        if isinstance(sharding, ShardingMetadata):  # what `metadata()` returned is a target too, on the saved sharding
             sharding = None
         if defaults.support_layout:
             sharding = getattr(target, "format", None) or sharding
@@ -91,24 +97,13 @@ class JaxArrayHandler(TypeHandler[jax.Array]):
         )
 
     def needs(self, specs: Sequence[LeafSpec], requests: Sequence[RestoreArgs], job: Job) -> Sequence[Sequence[Index] | Problem]:
-        known: dict[Any, tuple[Index, ...]] = {}
-        needed: list[Sequence[Index] | Problem] = []
-        for spec, request in zip(specs, requests, strict=True):
-            goal = _goal(spec, request)
-            if isinstance(goal, Problem):
-                needed.append(goal)
-                continue
-            assert spec.array is not None
-            key = (goal.sharding, goal.wanted.shape, spec.array.shape)
-            if (indices := known.get(key)) is None:
-                indices = known[key] = tuple(dict.fromkeys(clip(i, spec.array.shape) for i in _local_indices(goal)))
-            needed.append(indices)
-        return needed
+        goals = _goals(specs, requests)
+        return [goal if isinstance(goal, Problem) else goal.needs for goal in goals]
 
     def assemble(
         self, specs: Sequence[LeafSpec], requests: Sequence[RestoreArgs], parts: Sequence[Mapping[Index, Array]]
     ) -> Sequence[jax.Array]:
-        return [_assemble(*leaf) for leaf in zip(specs, requests, parts, strict=True)]
+        return [_assemble(*leaf) for leaf in zip(specs, _goals(specs, requests), parts, strict=True)]
 
 
 class _Layout(NamedTuple):
@@ -152,36 +147,42 @@ def _layout(value: jax.Array, args: SaveArgs) -> _Layout:
 
 
 def _is_key(value: Any) -> bool:
-    return bool(jnp.issubdtype(value.dtype, jax.dtypes.prng_key))
+    """Whether a jax.Array holds typed PRNG keys, the one kind whose dtype is not numpy's."""
+    return not isinstance(value.dtype, np.dtype)
 
 
 def _raw(value: jax.Array) -> jax.Array:
     return jax.random.key_data(value) if _is_key(value) else value
 
 
-_VIEWED_BITS = frozenset("biufc")
+def _viewed() -> Callable[[jax.Array, LeafSpec], bool]:
+    """A function that tells whether staging a leaf hands out jax's own memory: on the CPU, where no cast is asked for."""
+    known: dict[Any, bool] = {}
 
+    def is_view(leaf: jax.Array, spec: LeafSpec) -> bool:
+        sharding = leaf.sharding
+        key = (id(sharding), leaf.dtype, spec.array and spec.array.dtype)
+        if (view := known.get(key)) is None:
+            device: Any = next(iter(sharding.device_set))
+            plain = not _is_key(leaf) and spec.array is not None and spec.array.dtype == leaf.dtype
+            view = known[key] = plain and device.platform == "cpu" and leaf.dtype.name not in ("int4", "uint4", "int2", "uint2")
+        return view
 
-def _is_view(leaf: jax.Array, spec: LeafSpec) -> bool:
-    """Whether staging hands out jax's own memory: on the CPU, where no cast is asked for."""
-    if _is_key(leaf) or spec.array is None or spec.array.dtype != leaf.dtype:
-        return False
-    device: Any = next(iter(leaf.sharding.device_set))
-    return device.platform == "cpu" and spec.array.dtype.name not in ("int4", "uint4", "int2", "uint2")
+    return is_view
 
 
 def _cutter(value: jax.Array) -> Callable[[Index], Array]:
     """A function from a cell of the grid to its values, from whichever local shard holds it."""
     if len(value.sharding.device_set) == 1:
         host = np.asarray(value)
-        return lambda index: np.ascontiguousarray(host[_slices(index)]).reshape(tuple(b - a for a, b in index))
+        return lambda index: host[_slices(index)]
     shards = [(_bounds(shard.index, value.shape), shard.data) for shard in value.addressable_shards]
 
     def cut(index: Index) -> Array:
         for bounds, data in shards:
             if all(a <= start and stop <= b for (a, b), (start, stop) in zip(bounds, index, strict=True)):
                 inner = tuple(slice(start - a, stop - a) for (a, _), (start, stop) in zip(bounds, index, strict=True))
-                return np.ascontiguousarray(np.asarray(data)[inner]).reshape(tuple(b - a for a, b in index))
+                return np.asarray(data)[inner]
         raise errors.TreeError(f"no local shard of a jax.Array holds {index}")
 
     return cut
@@ -203,12 +204,30 @@ class _Goal(NamedTuple):
       sharding: of the raw array.
       layout: a `Format` to move the finished array into, or None.
       key_impl: the implementation of the typed key that it becomes, or None.
+      needs: the parts of the stored array that this process's devices hold.
     """
 
     wanted: Wanted
     sharding: jax.sharding.Sharding
     layout: Any
     key_impl: str | None
+    needs: tuple[Index, ...]
+
+
+def _goals(specs: Sequence[LeafSpec], requests: Sequence[RestoreArgs]) -> list[_Goal | Problem]:
+    """The goal of each leaf; leaves of which everything is alike share one."""
+    known: dict[Any, _Goal | Problem] = {}
+    goals = []
+    for spec, request in zip(specs, requests, strict=True):
+        stored = spec.array and (spec.array.shape, spec.array.dtype)
+        key: tuple[Any, ...] = (stored, id(spec.sharding), spec.extra.get(_KEY_IMPL), request.dtype, id(request.defaults))
+        if isinstance(request, ArrayRestoreArgs):
+            key += (request.global_shape, request.shape, id(request.sharding))
+            key += (id(request.mesh), request.mesh_axes, request.strict)
+        if (goal := known.get(key)) is None:
+            goal = known[key] = _goal(spec, request)
+        goals.append(goal)
+    return goals
 
 
 def _goal(spec: LeafSpec, request: RestoreArgs) -> _Goal | Problem:
@@ -231,9 +250,10 @@ def _goal(spec: LeafSpec, request: RestoreArgs) -> _Goal | Problem:
     sharding = _sharding(spec, args, request.defaults)
     if isinstance(sharding, Problem):
         return sharding
-    if isinstance(sharding, jax.sharding.Sharding):
-        return _Goal(wanted, sharding, None, key_impl)
-    return _Goal(wanted, sharding.sharding, sharding, key_impl)
+    layout = None if isinstance(sharding, jax.sharding.Sharding) else sharding
+    sharding = sharding if layout is None else layout.sharding
+    stored = spec.array.shape if spec.array else ()
+    return _Goal(wanted, sharding, layout, key_impl, _local_needs(sharding, wanted.shape, stored))
 
 
 def _wanted_key(spec: LeafSpec, request: RestoreArgs) -> str | Problem | None:
@@ -264,10 +284,10 @@ def _key_dtype(impl: str) -> Any:
 def _sharding(spec: LeafSpec, args: ArrayRestoreArgs | None, defaults: RestoreDefaults) -> Any:
     """The requested sharding, else the saved one, else the fallback."""
     if args is not None and args.sharding is not None:
-        sharding = args.sharding
-        return sharding.to_jax_sharding() if hasattr(sharding, "to_jax_sharding") else sharding
+        return args.sharding.to_jax_sharding() if isinstance(args.sharding, ShardingMetadata) else args.sharding
     if args is not None and args.mesh is not None:
-        return jax.sharding.NamedSharding(args.mesh, args.mesh_axes or jax.sharding.PartitionSpec())
+        axes: Any = jax.sharding.PartitionSpec
+        return jax.sharding.NamedSharding(args.mesh, args.mesh_axes or axes())
     if spec.sharding is None:
         return defaults.fallback_sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     try:
@@ -276,18 +296,27 @@ def _sharding(spec: LeafSpec, args: ArrayRestoreArgs | None, defaults: RestoreDe
         return defaults.fallback_sharding or Problem(str(error), topology=True)
 
 
-def _local_indices(goal: _Goal) -> list[Index]:
-    shape = goal.wanted.shape
-    return [_bounds(s, shape) for s in goal.sharding.addressable_devices_indices_map(shape).values() if s is not None]
+def _local_needs(sharding: jax.sharding.Sharding, shape: tuple[int, ...], stored: tuple[int, ...]) -> tuple[Index, ...]:
+    """The parts of the stored array for each of this process's devices, each once."""
+    held = sharding.addressable_devices_indices_map(shape).values()
+    return tuple(dict.fromkeys(clip(_bounds(slices, shape), stored) for slices in held))
 
 
-def _assemble(spec: LeafSpec, request: RestoreArgs, parts: Mapping[Index, Array]) -> jax.Array:
-    goal = _goal(spec, request)
+def _assemble(spec: LeafSpec, goal: _Goal | Problem, parts: Mapping[Index, Array]) -> jax.Array:
     assert isinstance(goal, _Goal)
-    shape = goal.wanted.shape
+    wanted, shape = goal.wanted, goal.wanted.shape
+    assert spec.array is not None
+    if len(parts) == 1 and wanted.dtype == spec.array.dtype and not wanted.resized:
+        (whole_array,) = parts.values()
+        if whole_array.shape == shape:
+            # Its memory is aligned and never written again, so that the CPU backend adopts it without a copy.
+            array = jax.make_array_from_callback(shape, goal.sharding, lambda _: whole_array)
+            return _finished(array, goal)
+    array = jax.make_array_from_callback(shape, goal.sharding, lambda index: fit(spec, wanted, _bounds(index, shape), parts))
+    return _finished(array, goal)
 
-    # The callback's arrays are aligned and never written again, so that the CPU backend adopts them without a copy.
-    array = jax.make_array_from_callback(shape, goal.sharding, lambda index: fit(spec, goal.wanted, _bounds(index, shape), parts))
+
+def _finished(array: jax.Array, goal: _Goal) -> jax.Array:
     if goal.layout is not None:
         array = jax.device_put(array, goal.layout)
     return array if goal.key_impl is None else jax.random.wrap_key_data(array, impl=goal.key_impl)

@@ -77,7 +77,8 @@ def _scalar(stored: Array, request: RestoreArgs) -> Any:
         return np.asarray(value).astype(kind)[()]
     if kind is not complex and np.iscomplexobj(value):
         value = value.real
-    return kind(value.item())
+    plain: Any = kind
+    return plain(value.item())
 
 
 def _shortened(value: int) -> str:

@@ -5,12 +5,10 @@ Reading a file and building the nested tree from it are two steps, since a resto
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import gc
 import operator
 import reprlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import attrs
@@ -178,19 +176,6 @@ def _value_json(value_type: str, skip: bool, write_shape: tuple[int, ...] | None
     return dump(document if write_shape is None else {**document, "write_shape": write_shape})
 
 
-@contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
-    """No cyclic garbage collection meanwhile: one walk over all that jax keeps alive takes as long as parsing 10,000 entries."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@_collector_paused()
 def decode_tree(data: bytes, where: str) -> TreeDocument:
     """What a `_METADATA` file says; fields that older writers left out have the values that those writers meant.
 

@@ -11,7 +11,7 @@ import attrs
 import numpy as np
 
 from ckptkit import errors, reports
-from ckptkit.grid import Array, ArraySpec, Index, chunk_indices, index_shape
+from ckptkit.grid import Array, ArraySpec, Index, chunk_indices, index_nbytes, index_shape
 from ckptkit.index import IndexDocument
 from ckptkit.leaves.base import LeafSpec, Problem, RestoreArgs, TypeHandler
 from ckptkit.pipeline.limits import BATCH_BYTE_SIZE, BATCH_LEAVES
@@ -149,7 +149,7 @@ def _restore_batches(items: Sequence[RestoreItem], needs: Sequence[Sequence[Inde
         total = 0
         for i in members:
             array = items[i].spec.array
-            size = sum(_nbytes(array, index) for index in needs[i]) if array else 0
+            size = sum([index_nbytes(array, index) for index in needs[i]]) if array else 0
             if batch and (total + size > limit or len(batch) >= BATCH_LEAVES):
                 yield _Batch(batch, total)
                 batch, total = [], 0
@@ -157,13 +157,6 @@ def _restore_batches(items: Sequence[RestoreItem], needs: Sequence[Sequence[Inde
             total += size
         if batch:
             yield _Batch(batch, total)
-
-
-def _nbytes(array: ArraySpec, index: Index) -> int:
-    size = array.dtype.itemsize
-    for start, stop in index:
-        size *= stop - start
-    return size
 
 
 @attrs.frozen

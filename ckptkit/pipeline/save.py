@@ -103,7 +103,7 @@ def plan_save(
     groups = []
     for handler, members in positions.items():
         leaves = [
-            Leaf(tree.key_path(structure.keys[i]), structure.names[i], values[i], _checked(args[i], i, problems)) for i in members
+            Leaf(structure.paths[i], structure.names[i], values[i], _checked(args[i], i, problems)) for i in members
         ]
         specs = _described(handler, leaves, members, problems)
         for i, spec in zip(members, specs, strict=True):
@@ -111,7 +111,7 @@ def plan_save(
         groups.append(Group(handler, leaves, specs))
     stored = sorted(i for members in positions.values() for i in members)
     _refusals(backend, [(i, nodes[i].array) for i in stored if i not in problems and nodes[i].array is not None], problems)
-    lines = [f"{tree.key_path(structure.keys[i])}: {problems[i]}" for i in sorted(problems)]
+    lines = [f"{structure.paths[i]}: {problems[i]}" for i in sorted(problems)]
     lines += tree.name_collisions(structure, stored)
     if lines:
         raise errors.TreeError(f"{len(lines)} of {len(values)} leaves cannot be saved:{errors.listing(lines)}")
@@ -267,13 +267,13 @@ def start_save(
         target=_write, args=(plan, location, batches, budget, documents, tracker, result), name="ckptkit-write", daemon=False
     )
     try:
-        for pieces, held in _batches(plan, max_inflight_bytes):
-            if not budget.fits(held) and not writer.ident:
+        for batch in _batches(plan, max_inflight_bytes):
+            if not budget.fits(batch.held) and not writer.ident:
                 writer.start()
-            budget.acquire(held)
+            budget.acquire(batch.held)
             if result.done():
                 break
-            batches.put(_Staged(_stage(pieces), held))
+            batches.put(_Staged(_stage(batch), batch.held))
     except BaseException:
         result.cancel()
         raise
@@ -288,32 +288,44 @@ def start_save(
 class _Piece:
     """One cell of a leaf's grid that this process writes."""
 
-    handler: TypeHandler[Any]
     leaf: Leaf
     spec: LeafSpec
     index: Index
 
 
-def _batches(plan: SavePlan, max_inflight_bytes: int) -> Iterator[tuple[list[_Piece], int]]:
-    """Pieces of one type handler, with the memory that staging them takes; a batch fits into half the budget."""
+class _Batch(NamedTuple):
+    """What is staged together.
+
+    Attributes:
+      handler: of all its leaves.
+      pieces: the cells.
+      held: host memory that staging them takes beside the caller's arrays, in bytes.
+    """
+
+    handler: TypeHandler[Any]
+    pieces: Sequence[_Piece]
+    held: int
+
+
+def _batches(plan: SavePlan, max_inflight_bytes: int) -> Iterator[_Batch]:
+    """Everything to stage; a batch fits into half the budget, or is one piece."""
     limit = min(BATCH_BYTE_SIZE, max(1, max_inflight_bytes // 2))
     for handler, leaves, specs in plan.groups:
-        batch: list[_Piece] = []
-        held = 0
-        for leaf, spec, cells in zip(leaves, specs, handler.owned(leaves, specs, Job()), strict=True):
-            for index in cells:
-                size = handler.staged_nbytes(leaf.value, spec, index)
-                if batch and (held + size > limit or len(batch) >= BATCH_LEAVES):
-                    yield batch, held
-                    batch, held = [], 0
-                batch.append(_Piece(handler, leaf, spec, index))
-                held += size
-        if batch:
-            yield batch, held
+        owned = handler.owned(leaves, specs, Job())
+        pieces = [_Piece(leaf, spec, cell) for leaf, spec, cells in zip(leaves, specs, owned, strict=True) for cell in cells]
+        sizes = handler.staged_nbytes([(piece.leaf.value, piece.spec, piece.index) for piece in pieces])
+        start = held = 0
+        for i, size in enumerate(sizes):
+            if i > start and (held + size > limit or i - start >= BATCH_LEAVES):
+                yield _Batch(handler, pieces[start:i], held)
+                start, held = i, 0
+            held += size
+        if pieces:
+            yield _Batch(handler, pieces[start:], held)
 
 
-def _stage(pieces: Sequence[_Piece]) -> Sequence[Chunk]:
-    handler = pieces[0].handler
+def _stage(batch: _Batch) -> Sequence[Chunk]:
+    handler, pieces, _ = batch
     staged = handler.stage([(piece.leaf.value, piece.spec, piece.index) for piece in pieces])
     if len(staged) != len(pieces):
         raise errors.PluginError(f"{type(handler)}.stage returned {len(staged)} arrays for {len(pieces)} pieces.")

@@ -85,15 +85,17 @@ class Values:
         self._check_files(values.values())
         return values
 
-    def read_into(self, wanted: Sequence[tuple[Value, Bytes]]) -> None:
+    def read_into(self, wanted: Iterable[tuple[Value, Bytes]]) -> None:
         """Fills each buffer with the first bytes of its value.
 
         Raises:
           errors.NotFoundError, errors.StorageError, errors.CorruptCheckpointError: a file is missing, unreadable, too short.
         """
-        extents = [(value, buffer) for value, buffer in wanted if isinstance(value, Extent)]
+        extents = []
         for value, buffer in wanted:
-            if isinstance(value, bytes):
+            if isinstance(value, Extent):
+                extents.append((value, buffer))
+            else:
                 buffer[:] = np.frombuffer(value, np.uint8, buffer.size)
         if self._location.local_path is None:
             self._read_remote(extents)
@@ -102,9 +104,10 @@ class Values:
 
     def read(self, values: Sequence[Value], limit: int = sys.maxsize) -> list[bytes]:
         """Of each value the first `limit` bytes; raises what `read_into` raises."""
-        buffers = [np.empty(min(limit, nbytes_of(value)), np.uint8) for value in values]
-        self.read_into(list(zip(values, buffers, strict=True)))
-        return [buffer.tobytes() for buffer in buffers]
+        extents = [(v, np.empty(min(limit, v.nbytes), np.uint8)) for v in values if isinstance(v, Extent)]
+        self.read_into(extents)
+        buffers = (buffer.tobytes() for _, buffer in extents)
+        return [next(buffers) if isinstance(value, Extent) else value[:limit] for value in values]
 
     def _check_manifest(self) -> None:
         """A local manifest is a regular file: TensorStore would wait for ever on a named pipe."""

@@ -43,8 +43,7 @@ class OcdbtWriter(Writer):
         self._location = location
         self._store = store
         self._context = context
-        self._transaction = ts.Transaction()
-        self._filled_nbytes = 0
+        self._begin_transaction()
         self._committing = _done()
         self._opened: dict[str, ts.TensorStore] = {}
         self._documents: dict[str, Document] = {}
@@ -84,13 +83,12 @@ class OcdbtWriter(Writer):
     def _describe(self, arrays: Sequence[ArraySpec], version: Version) -> None:
         """Writes every array's document, also of those that have no chunk."""
         parsed = functools.cache(functools.partial(parse, version=version))
-        write = self._store.with_transaction(self._transaction).write
         for array in arrays:
             data = emit(array, version)
             document = parsed(data)
             assert document is not None  # narrows the type: what `emit` made is an array
             self._documents[array.name] = document
-            write(key_prefix(array.name) + DOCUMENT_NAMES[version], data)
+            self._pending.write(key_prefix(array.name) + DOCUMENT_NAMES[version], data)
 
     def _copy(self, chunk: Chunk, document: Document) -> None:
         data = np.asarray(chunk.data, document.dtype)
@@ -99,7 +97,7 @@ class OcdbtWriter(Writer):
             cell[tuple(map(slice, data.shape))] = data
             data = cell
         key = key_prefix(chunk.array.name) + document.chunk_key(chunk.index)
-        self._store.with_transaction(self._transaction).write(key, data.tobytes())
+        self._pending.write(key, data.tobytes())
 
     def _refer(self, chunk: Chunk, document: Document) -> None:
         array = self._open(chunk.array, document).with_transaction(self._transaction)
@@ -127,7 +125,11 @@ class OcdbtWriter(Writer):
         done.set_running_or_notify_cancel()  # it cannot be cancelled: TensorStore goes on using the caller's memory
         self._transaction.commit_async().add_done_callback(functools.partial(_settle, done, self._location.url))
         self._committing = done
+        self._begin_transaction()
+
+    def _begin_transaction(self) -> None:
         self._transaction = ts.Transaction()
+        self._pending = self._store.with_transaction(self._transaction)
         self._filled_nbytes = 0
 
     def _mapped(self, future: Any) -> Any:

@@ -13,14 +13,19 @@ import numpy as np
 import numpy.typing as npt
 import tensorstore as ts
 
+from ckptkit.storage._zarr_dtypes import V3_DTYPES
 from ckptkit.storage.zarr_documents import Document
 
 __all__ = ["DRIVERS", "canonicalise", "decode", "fill_value"]
 
 DRIVERS = {2: "zarr", 3: "zarr3"}
 
-# What the bits of a byte mean for dtypes that do not use all of them.
-_USED_BITS = {"int4": 0x0F, "float4_e2m1fn": 0x0F, "int2": 0x03}
+# The bits of a byte that mean something, for dtypes that do not use all of them.
+_USED_BITS = {
+    dtype: bits
+    for name, bits in {"int4": 0x0F, "float4_e2m1fn": 0x0F, "int2": 0x03}.items()
+    if (dtype := V3_DTYPES.get(name)) is not None
+}
 
 
 def decode(document: Document, encoded: Sequence[bytes]) -> npt.NDArray[Any]:
@@ -53,12 +58,11 @@ def fill_value(document: Document) -> npt.NDArray[Any]:
 
 def canonicalise(values: npt.NDArray[Any]) -> None:
     """Clears the bits that the dtype does not use, in place: a stranger's bytes must not make two unequal Trues."""
-    name = values.dtype.name
-    if name == "bool":
+    if values.dtype.kind == "b":
         np.not_equal(values.view(np.uint8), 0, out=values)
-    elif name in _USED_BITS:
+    elif used := _USED_BITS.get(values.dtype):
         bits = values.view(np.uint8)
-        np.bitwise_and(bits, _USED_BITS[name], out=bits)
+        np.bitwise_and(bits, used, out=bits)
 
 
 def _open(document: Document, metadata: dict[str, Any], memory: ts.KvStore, context: ts.Context) -> ts.TensorStore:

@@ -47,16 +47,21 @@ _SHARD_INDEX_ENTRY_NBYTES: Final = 16
 
 def refusal(array: ArraySpec) -> str | None:
     """Why no document can describe the array, and what to do; None where one can."""
-    if array.dtype.name not in V3_DTYPES:
-        return f"dtype {array.dtype} has no representation in zarr: {substitute(array.dtype)}."
-    if len(array.shape) > MAX_RANK:
-        return f"{len(array.shape)} axes are more than the {MAX_RANK} that zarr readers take: reshape it."
-    if _padded_nbytes(array.shape, array.chunk_shape, array.dtype) > sys.maxsize:
-        return f"shape {array.shape} in chunks of {array.chunk_shape} is larger than any file system."
+    return _refusal(array.shape, array.chunk_shape, array.dtype)
+
+
+@functools.lru_cache(maxsize=1024)  # a model has thousands of arrays and dozens of shapes
+def _refusal(shape: tuple[int, ...], chunk_shape: tuple[int, ...], dtype: np.dtype[Any]) -> str | None:
+    if dtype.name not in V3_DTYPES:
+        return f"dtype {dtype} has no representation in zarr: {substitute(dtype)}."
+    if len(shape) > MAX_RANK:
+        return f"{len(shape)} axes are more than the {MAX_RANK} that zarr readers take: reshape it."
+    if _padded_nbytes(shape, chunk_shape, dtype) > sys.maxsize:
+        return f"shape {shape} in chunks of {chunk_shape} is larger than any file system."
     return None
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, slots=False)  # slots would leave no room for cached properties
 class Document:
     """What a document says about how one array is stored.
 
@@ -87,12 +92,12 @@ class Document:
     raw: bool
     least_chunk_nbytes: int = 0
 
-    @property
+    @functools.cached_property
     def cell_nbytes(self) -> int:
         """Bytes of one decoded chunk."""
         return math.prod(self.chunk_shape) * self.dtype.itemsize
 
-    @property
+    @functools.cached_property
     def padded_nbytes(self) -> int:
         """Bytes of all chunks, decoded."""
         return _padded_nbytes(self.shape, self.chunk_shape, self.dtype)
@@ -134,10 +139,10 @@ class Document:
 
 def emit(array: ArraySpec, version: Version) -> bytes:
     """The document of an array stored uncompressed, in C order, little-endian, with nothing left out."""
-    return _emit(array.shape, array.chunk_shape, array.dtype.newbyteorder("="), version)
+    return _emit(array.shape, array.chunk_shape, array.dtype, version)
 
 
-@functools.lru_cache(maxsize=1024)  # a model has thousands of arrays and dozens of shapes
+@functools.lru_cache(maxsize=1024)
 def _emit(shape: tuple[int, ...], chunk_shape: tuple[int, ...], dtype: np.dtype[Any], version: Version) -> bytes:
     fields = _fields_v2(shape, chunk_shape, dtype) if version == 2 else _fields_v3(shape, chunk_shape, dtype)
     return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
@@ -321,7 +326,13 @@ def _codec_chain(value: object, cell: tuple[int, ...], *outer: str) -> list[dict
     """The codecs of a chunk of shape `cell`, checked, without tuning parameters; `outer` may occur beside the usual ones."""
     if not isinstance(value, list) or not 0 < len(value) <= 16:
         _fail("codecs", value, "a list of 1 to 16 codecs")
-    return [_codec(codec, cell, (*_CODECS, *outer)) for codec in value]
+    chain = []
+    for each in value:
+        codec = _codec(each, cell, (*_CODECS, *outer))
+        if codec["name"] == "transpose":
+            cell = tuple(cell[axis] for axis in codec["configuration"]["order"])
+        chain.append(codec)
+    return chain
 
 
 def _codec(value: object, cell: tuple[int, ...], names: Sequence[str]) -> dict[str, Any]:
@@ -359,7 +370,7 @@ def _shard_index_nbytes(codecs: Sequence[Mapping[str, Any]], cell: tuple[int, ..
     """Bytes of the list of chunks that each shard holds; 0 where chunks are no shards."""
     inner = [codec["configuration"]["chunk_shape"] for codec in codecs if codec["name"] == "sharding_indexed"]
     counts = [math.prod(cell) // math.prod(shape) for shape in inner]
-    return sum(counts) * _SHARD_INDEX_ENTRY_NBYTES
+    return int(sum(counts)) * _SHARD_INDEX_ENTRY_NBYTES
 
 
 def _stacked_codec(codec: Mapping[str, Any]) -> dict[str, Any]:

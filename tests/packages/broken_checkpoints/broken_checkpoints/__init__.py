@@ -1,0 +1,1 @@
+"""Three plugins that fail to load."""
