@@ -6,8 +6,7 @@ Empty containers and None count as leaves here, since a checkpoint records them;
 from __future__ import annotations
 
 import functools
-import threading
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ import attrs
 import jax
 
 from ckptkit import errors
+from ckptkit._recent import Recent
 from ckptkit.metadata.tree import Key, key_of
 
 __all__ = ["Structure", "flatten", "flatten_alike", "is_empty_node", "key_path"]
@@ -57,9 +57,7 @@ class Structure:
         return jax.tree.unflatten(self.treedef, leaves)
 
 
-_CACHE_SIZE = 16
-_cache: OrderedDict[Any, Structure] = OrderedDict()
-_cache_lock = threading.Lock()
+_structures: Recent[Any, Structure] = Recent(8)
 
 
 def flatten(tree: Any) -> tuple[list[Any], Structure]:
@@ -76,18 +74,9 @@ def flatten(tree: Any) -> tuple[list[Any], Structure]:
     except (TypeError, ValueError) as error:
         raise errors.TreeError(f"The tree cannot be flattened: {error}") from error
     try:
-        with _cache_lock:
-            if (structure := _cache.get(treedef)) is not None:
-                _cache.move_to_end(treedef)
-                return leaves, structure
+        return leaves, _structures.get(treedef, lambda: _structure(tree, treedef))
     except Exception:  # noqa: BLE001 - the auxiliary data of a foreign node may refuse to be hashed or compared, in any way
         return leaves, _structure(tree, treedef)
-    structure = _structure(tree, treedef)
-    with _cache_lock:
-        _cache[treedef] = structure
-        while len(_cache) > _CACHE_SIZE:
-            _cache.popitem(last=False)
-    return leaves, structure
 
 
 def _structure(tree: Any, treedef: Any) -> Structure:

@@ -78,12 +78,13 @@ def test_every_bad_leaf_is_named_at_once_and_nothing_is_written(tmp_path: Path) 
         "abstract": jax.ShapeDtypeStruct((2,), np.float32),
         "f8": np.ones(2, ml_dtypes.float8_e4m3),
         "u4": np.ones(2, ml_dtypes.uint4),
+        "masked": np.ma.masked_array([1, 2], [0, 1]),
         "deep": [{"set": {1, 2}}],
     }
     with pytest.raises(errors.TreeError) as caught, ckptkit.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "c", tree)
     message = str(caught.value)
-    assert "10 of 11 leaves" in message
+    assert "11 of 12 leaves" in message
     for key in tree.keys() - {"good", "deep"}:
         assert f"('{key}',)" in message
     assert "('deep', '0', 'set')" in message
@@ -253,6 +254,20 @@ def test_a_cast_that_changes_kind_warns_and_casting_forbids_it(tmp_path: Path) -
         assert ckptkit.restore(tmp_path / "c", {"a": np.empty(1, np.int32)})["a"] == 1
     with pytest.raises(errors.TargetError, match="casting='same_kind' forbids it"):
         ckptkit.restore(tmp_path / "c", args.StandardRestore({"a": np.empty(1, np.int32)}, casting="same_kind"))
+
+
+def test_a_sharding_that_does_not_divide_the_shape_is_an_error_that_names_the_leaf(
+    tmp_path: Path, mesh: jax.sharding.Mesh
+) -> None:
+    ckptkit.save(tmp_path / "c", {"a": jnp.arange(6.0)})
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    with pytest.raises(errors.TargetError, match=r"\('a',\): shape \(6,\) cannot be laid out"):
+        ckptkit.restore(tmp_path / "c", {"a": jax.ShapeDtypeStruct((6,), np.float32, sharding=sharding)})
+
+
+def test_a_dtype_to_save_in_that_is_none_is_refused() -> None:
+    with pytest.raises(TypeError, match="float33"):
+        ckptkit.SaveArgs(dtype="float33")
 
 
 def _with_devices_of_another_machine(path: Path) -> None:

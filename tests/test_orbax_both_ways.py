@@ -134,3 +134,11 @@ def test_orbax_restores_strings_and_zarr3_from_ckptkit(tmp_path: Path) -> None:
 def test_every_dtype_and_degenerate_shape_reaches_orbax(folder: Path, dtype: Any, shape: tuple[int, ...]) -> None:
     tree = {"x": trees.values(shape, dtype, 1)}
     trees.assert_same(_restored(ocp, _saved(ckptkit, folder, tree)), tree)
+
+
+@pytest.mark.parametrize("writer", [ckptkit, ocp])
+def test_numpy_scalars_come_back_as_orbax_returns_them(tmp_path: Path, writer: Any) -> None:
+    tree = {"f": np.float32(1.5), "d": np.float64(2.5), "i": np.int8(-3), "b": np.bool_(True), "c": np.complex64(1j)}
+    path = _saved(writer, tmp_path, tree)
+    trees.assert_same(_restored(ckptkit, path), _restored(ocp, path))
+    trees.assert_same(_restored(ckptkit, path), jax.tree.map(np.asarray, tree))

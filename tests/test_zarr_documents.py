@@ -210,16 +210,21 @@ def test_chunks_decode_to_what_tensorstore_encoded(fields):
     opened.write(values).result()
     found = parsed(fields)
     keys = [found.chunk_key(((i, i + 2), (j, j + 3))) for i in (0, 2) for j in (0, 3)]
-    decoded = decode(found, [memory.read(key).result().value for key in keys])
+    encoded = [memory.read(key).result().value for key in keys]
+    together, alone = np.empty((2, 4, 2, 3), np.float32)
+    decode(found, encoded, together)
+    for chunk, out in zip(encoded, alone, strict=True):
+        decode(found, [chunk], [out])
     expected = [values[i : i + 2, j : j + 3] for i in (0, 2) for j in (0, 3)]
-    np.testing.assert_array_equal(decoded, expected)
+    np.testing.assert_array_equal(together, expected)
+    np.testing.assert_array_equal(alone, expected)
 
 
 @pytest.mark.parametrize("encoded", [b"", b"garbage", b"\0" * 4096])
 @pytest.mark.parametrize("fields", VERSION_2[1:6] + VERSION_3[:8])
 def test_garbage_in_a_chunk_is_an_exception(fields, encoded):
     with pytest.raises(ValueError, match=r"."):
-        decode(parsed(fields), [encoded])
+        decode(parsed(fields), [encoded], [np.empty((2, 3), np.float32)])
 
 
 @pytest.mark.parametrize(
@@ -244,7 +249,9 @@ def test_bits_that_a_dtype_does_not_use_are_cleared(dtype, clean):
 
 
 UNSTORABLE = ["object", "datetime64[s]", "timedelta64[s]", "S3", "U3", "V3", "i4,f4", "longdouble", "clongdouble"]
-UNSTORABLE += [n for n in ("float8_e4m3", "float6_e2m3fn", "float6_e3m2fn", "int1", "uint1", "uint2", "uint4") if hasattr(ml_dtypes, n)]
+UNSTORABLE += [
+    n for n in ("float8_e4m3", "float6_e2m3fn", "float6_e3m2fn", "int1", "uint1", "uint2", "uint4") if hasattr(ml_dtypes, n)
+]
 
 
 @pytest.mark.parametrize("name", UNSTORABLE)

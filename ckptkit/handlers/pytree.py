@@ -6,21 +6,25 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
+import attrs
+import jax
+
 from ckptkit import args as args_lib
 from ckptkit import discovery, errors, tree
 from ckptkit._gc import paused_gc
 from ckptkit.handlers._stored import StoredTree
 from ckptkit.handlers.base import AsyncCheckpointHandler
 from ckptkit.index import INDEX_FILE, IndexDocument, encode_index
-from ckptkit.leaves.base import LeafSpec, RestoreArgs
+from ckptkit.leaves.base import ArrayRestoreArgs, LeafSpec, RestoreArgs, TypeHandler
 from ckptkit.metadata import arrays as array_documents
 from ckptkit.metadata import sharding as sharding_documents
 from ckptkit.metadata.json import checked_custom
 from ckptkit.metadata.tree import TREE_FILE, Entry, Key, TreeDocument, encode_tree, is_empty_node, nest
 from ckptkit.metadata.values import ArrayMetadata, ScalarMetadata, StorageMetadata, StringMetadata, TreeMetadata
 from ckptkit.options import MultiprocessingOptions, RestoreDefaults, StorageOptions
+from ckptkit.pipeline.plan import PLAIN, LeafRules, SavePlan, plan_save
 from ckptkit.pipeline.restore import RestoreItem, restore_leaves
-from ckptkit.pipeline.save import PLAIN, LeafRules, SavePlan, plan_save, start_save
+from ckptkit.pipeline.save import start_save
 from ckptkit.registry import Registry
 
 if TYPE_CHECKING:
@@ -84,12 +88,14 @@ class PyTreeCheckpointHandler(AsyncCheckpointHandler):
         registry = discovery.ready(self.registry)
         custom_metadata = checked_custom(args.custom_metadata, "custom_metadata")
         options = StorageOptions(use_zarr3=self._use_zarr3, target_data_file_size=args.ocdbt_target_data_file_size)
-        plan = plan_save(args.item, args.save_args, registry, registry.storage(self._storage), options, rules)
+        plan, values = plan_save(
+            args.item, args.save_args, registry, registry.storage(self._storage), options, self._save_bytes, rules
+        )
 
         def documents(checksums: Mapping[str, list[str]]) -> Mapping[str, bytes]:
             return _documents(plan, checksums, custom_metadata, registry)
 
-        return [start_save(plan, registry.location(directory), self._save_bytes, documents)]
+        return [start_save(plan, values, registry.location(directory), documents)]
 
     def restore(self, directory: epath.Path, args: args_lib.PyTreeRestore | None = None) -> Any:
         """The tree as saved, shaped like `args.item` if there is one; `args.restore_args` says how each leaf is restored.
@@ -278,26 +284,49 @@ class _Wanted:
     def _add(self, position: int, path: tuple[str, ...], entry: Entry, target: Any, request: Any, mismatched: list[str]) -> None:
         if is_empty_node(entry):
             if target is None:
-                self.values[position] = None
+                self.values[position] = nest([entry._replace(keys=())], [None])
             else:
                 mismatched.append(
                     f"{path}: a {type(target).__name__} was asked for, but an empty node ({entry.value_type}) is stored"
                 )
             return
         _, spec = self._stored.leaf(entry)
-        if request is None and target is not None and self._typed_by_target:
-            handler = self._registry.type_handler_for(type(target))
-            if handler is None:
-                mismatched.append(f"Unsupported type: {type(target)} for key: {path}; a target's leaves say what to restore into")
-                return
-            request = handler.request(target, spec, self._defaults)
-        if request is None or request.restore_type is None:
-            handler = self._stored.type_handler(spec)
-            request = handler.request(None, spec, self._defaults) if request is None else _completed(request, handler, spec)
-        else:
-            handler = self._registry.type_handler_for(request.restore_type) or self._stored.type_handler(spec)
+        try:
+            handler, request = self._request(spec, target, request)
+        except errors.ArgsTypeError as error:
+            mismatched.append(f"{path}: {error}")
+            return
         self.items.append(RestoreItem(path, spec, handler, request))
         self.positions.append(position)
+
+    def _request(self, spec: LeafSpec, target: Any, request: Any) -> tuple[TypeHandler[Any], RestoreArgs]:
+        """Who restores a leaf, and how: as `restore_args` say, else as the target's leaf does, else as it was saved.
+
+        Raises:
+          errors.ArgsTypeError: there is nobody who could.
+        """
+        if request is not None:
+            return self._explicit(spec, request)
+        if target is None or not self._typed_by_target:
+            handler = self._stored.type_handler(spec)
+            return handler, handler.request(None, spec, self._defaults)
+        if (found := self._registry.type_handler_for(type(target))) is None:
+            raise errors.ArgsTypeError(f"Unsupported type: {type(target)}; a target's leaves say what to restore into")
+        return self._explicit(spec, found.request(target, spec, self._defaults))
+
+    def _explicit(self, spec: LeafSpec, request: Any) -> tuple[TypeHandler[Any], RestoreArgs]:
+        """The same, for a request that was made; without a `restore_type` it concerns the leaf as it was saved."""
+        if not isinstance(request, RestoreArgs):
+            raise errors.ArgsTypeError(f"restore_args holds a {type(request).__name__} here; expected RestoreArgs or None")
+        if request.defaults is not self._defaults:
+            request = attrs.evolve(request, defaults=self._defaults)
+        kind = jax.Array if request.restore_type is None and isinstance(request, ArrayRestoreArgs) else request.restore_type
+        if kind is None:
+            handler = self._stored.type_handler(spec)
+            return handler, attrs.evolve(handler.request(None, spec, self._defaults), dtype=request.dtype)
+        if (found := self._registry.type_handler_for(kind)) is None:
+            raise errors.ArgsTypeError(f"no type handler is registered for restore_type={kind!r}; give a registered leaf type")
+        return found, request
 
     def _refuse(self, missing: Sequence[str], unexpected: Sequence[str], mismatched: Sequence[str]) -> None:
         sections = []
@@ -312,13 +341,6 @@ class _Wanted:
             sections.append(f"\n{len(mismatched)} that do not fit:{errors.listing(mismatched)}")
         if sections:
             raise errors.TargetError(f"The target and the checkpoint {self._stored.location.url} differ." + "".join(sections))
-
-
-def _completed(request: RestoreArgs, handler: Any, spec: LeafSpec) -> RestoreArgs:
-    """A request without a type: the leaf as saved, with what the request does say."""
-    completed: RestoreArgs = handler.request(None, spec, request.defaults)
-    completed.dtype = request.dtype
-    return completed
 
 
 def _leaf_metadata(stored: StoredTree, entry: Entry, directory: epath.Path) -> Any:

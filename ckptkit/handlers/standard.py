@@ -15,7 +15,7 @@ from ckptkit.handlers.base import AsyncCheckpointHandler
 from ckptkit.handlers.pytree import PyTreeCheckpointHandler
 from ckptkit.metadata.values import TreeMetadata
 from ckptkit.options import MultiprocessingOptions, RestoreDefaults
-from ckptkit.pipeline.save import LeafRules
+from ckptkit.pipeline.plan import LeafRules
 from ckptkit.registry import Registry
 
 if TYPE_CHECKING:

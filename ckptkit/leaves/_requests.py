@@ -10,7 +10,7 @@ import numpy as np
 from ckptkit.grid import Array, Index, index_shape, whole
 from ckptkit.leaves.base import LeafSpec, Problem, RestoreArgs
 
-__all__ = ["Wanted", "changes_kind", "clip", "fit", "resolve"]
+__all__ = ["Wanted", "clip", "fit", "resolve"]
 
 
 class Wanted(NamedTuple):
@@ -44,19 +44,13 @@ def resolve(spec: LeafSpec, request: RestoreArgs, shape: tuple[int, ...] | None,
             return Problem(
                 f"stored with {len(stored.shape)} axes, requested with {len(wanted)}; strict=False changes lengths only."
             )
+    if dtype.kind in "OSUMm" or dtype.names is not None:
+        return Problem(
+            f"stored dtype {stored.dtype}, requested dtype {dtype}, which holds no numbers; ask for a dtype of numbers."
+        )
     if not np.can_cast(stored.dtype, dtype, casting=request.defaults.casting):
         return Problem(f"stored dtype {stored.dtype}, requested dtype {dtype}; casting={request.defaults.casting!r} forbids it.")
     return Wanted(wanted, dtype, wanted != stored.shape)
-
-
-_KIND_ORDER = "buifcV"
-
-
-def changes_kind(stored: np.dtype[Any], wanted: np.dtype[Any]) -> bool:
-    """Whether a cast loses what kind of number it is: complex to real, or floating to integer or bool."""
-    if np.can_cast(stored, wanted, "same_kind"):
-        return False
-    return stored.kind in "cfV" and wanted.kind in "buif" and not (stored.kind == "V" and wanted.kind == "f")
 
 
 def clip(index: Index, shape: tuple[int, ...]) -> Index:

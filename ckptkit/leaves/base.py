@@ -6,10 +6,11 @@ Every method works on a batch, since per-leaf calls are what makes checkpointing
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import attrs
+import numpy as np
 
 from ckptkit import errors
 from ckptkit.grid import Array, ArraySpec, Index, index_nbytes
@@ -21,6 +22,15 @@ if TYPE_CHECKING:
 __all__ = ["ArrayRestoreArgs", "Leaf", "LeafSpec", "Problem", "RestoreArgs", "SaveArgs", "TypeHandler"]
 
 L = TypeVar("L")
+
+
+def _numpy_dtype(dtype: Any) -> np.dtype[Any] | None:
+    try:
+        return None if dtype is None else np.dtype(dtype)
+    except TypeError as error:
+        raise errors.ArgsTypeError(
+            f"SaveArgs(dtype={dtype!r}): {error}; expected a dtype of numpy, such as jnp.bfloat16."
+        ) from error
 
 
 @attrs.define(kw_only=True)
@@ -35,7 +45,7 @@ class SaveArgs:
     """
 
     aggregate: bool = False
-    dtype: Any = None
+    dtype: Any = attrs.field(default=None, converter=_numpy_dtype)
     chunk_byte_size: int | None = None
     shard_axes: tuple[int, ...] = ()
 
@@ -62,6 +72,7 @@ class ArrayRestoreArgs(RestoreArgs):
     """How one jax.Array is restored.
 
     Attributes:
+      restore_type: None means jax.Array, whatever was saved.
       mesh, mesh_axes: a sharding in two parts; used where `sharding` is None.
       sharding: a `jax.sharding.Sharding`, or a `jax.experimental.layout.Format`.
       global_shape, shape: the shape wanted, two names for one thing.
@@ -144,6 +155,10 @@ class TypeHandler(abc.ABC, Generic[L]):
     @abc.abstractmethod
     def describe(self, leaves: Sequence[Leaf]) -> Sequence[LeafSpec | Problem]:
         """What each leaf will be stored as, or why it cannot be. No I/O and no copy of data."""
+
+    def signature(self, leaves: Sequence[L]) -> Hashable | None:
+        """Equal for leaves for which every answer below would be equal, so that a plan can be used again; None: unknown."""
+        return None
 
     @abc.abstractmethod
     def owned(self, leaves: Sequence[Leaf], specs: Sequence[LeafSpec], job: Job) -> Sequence[Sequence[Index]]:

@@ -7,7 +7,7 @@ of its implementation, as Orbax stores it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -39,6 +39,11 @@ class JaxArrayHandler(TypeHandler[jax.Array]):
     def describe(self, leaves: Sequence[Leaf]) -> Sequence[LeafSpec | Problem]:
         layouts: dict[Any, _Layout] = {}
         return [_problem(leaf.value) or _describe(leaf, layouts) for leaf in leaves]
+
+    def signature(self, leaves: Sequence[jax.Array]) -> Hashable | None:
+        if any(map(_problem, leaves)):
+            return None
+        return tuple([(leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves])
 
     def owned(self, leaves: Sequence[Leaf], specs: Sequence[LeafSpec], job: Job) -> Sequence[Sequence[Index]]:
         known: dict[Any, Sequence[Index]] = {}
@@ -252,8 +257,11 @@ def _goal(spec: LeafSpec, request: RestoreArgs) -> _Goal | Problem:
         return sharding
     layout = None if isinstance(sharding, jax.sharding.Sharding) else sharding
     sharding = sharding if layout is None else layout.sharding
-    stored = spec.array.shape if spec.array else ()
-    return _Goal(wanted, sharding, layout, key_impl, _local_needs(sharding, wanted.shape, stored))
+    try:
+        needs = _local_needs(sharding, wanted.shape, spec.array.shape if spec.array else ())
+    except ValueError as error:  # jax checks that a sharding divides the shape
+        return Problem(f"shape {wanted.shape} cannot be laid out as {sharding}: {error}")
+    return _Goal(wanted, sharding, layout, key_impl, needs)
 
 
 def _wanted_key(spec: LeafSpec, request: RestoreArgs) -> str | Problem | None:
@@ -264,21 +272,31 @@ def _wanted_key(spec: LeafSpec, request: RestoreArgs) -> str | Problem | None:
     if not jnp.issubdtype(dtype, jax.dtypes.prng_key):
         return None
     for impl in dict.fromkeys([stored or _KEY_IMPLS[0], *_KEY_IMPLS]):
-        if _key_dtype(impl) == dtype and stored in (None, impl):
-            return impl
+        made = _abstract_key(impl)
+        if made is not None and made.dtype == dtype and stored in (None, impl):
+            return impl if stored or _is_key_data(spec.array, impl) else _NO_KEY_DATA
     return Problem(f"a PRNG key of implementation {stored!r} is stored, one of dtype {dtype} was requested.")
 
 
 _KEY_IMPLS = ("threefry2x32", "rbg", "unsafe_rbg")
 
 
+_NO_KEY_DATA = Problem("a PRNG key was requested, but what is stored here is not the data of one; ask for an array.")
+
+
 @functools.lru_cache
-def _key_dtype(impl: str) -> Any:
-    """The dtype of typed keys of an implementation; None for one that jax does not know."""
+def _abstract_key(impl: str) -> Any:
+    """A typed key of an implementation, without its data; None for one that jax does not know."""
     try:
-        return jax.eval_shape(lambda: jax.random.key(0, impl=impl)).dtype
+        return jax.eval_shape(lambda: jax.random.key(0, impl=impl))
     except ValueError:
         return None
+
+
+def _is_key_data(array: ArraySpec | None, impl: str) -> bool:
+    """Whether a stored array can be wrapped as typed keys."""
+    data = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=impl)))
+    return array is not None and array.dtype == data.dtype and array.shape[-1:] == data.shape
 
 
 def _sharding(spec: LeafSpec, args: ArrayRestoreArgs | None, defaults: RestoreDefaults) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,7 +27,12 @@ class NumpyHandler(TypeHandler[Array]):
     def describe(self, leaves: Sequence[Leaf]) -> Sequence[LeafSpec | Problem]:
         return [self._describe(leaf) for leaf in leaves]
 
-    def _describe(self, leaf: Leaf) -> LeafSpec:
+    def signature(self, leaves: Sequence[Array]) -> Hashable | None:
+        return tuple([(type(leaf), leaf.shape, leaf.dtype) for leaf in leaves])
+
+    def _describe(self, leaf: Leaf) -> LeafSpec | Problem:
+        if isinstance(leaf.value, np.ma.MaskedArray):
+            return Problem("the mask of a masked array would be lost; save its .data and its .mask.")
         args = leaf.save_args
         dtype = np.dtype(leaf.value.dtype if args is None or args.dtype is None else args.dtype).newbyteorder("=")
         shape = tuple(leaf.value.shape)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,9 +30,12 @@ class ScalarHandler(TypeHandler[Any]):
     def describe(self, leaves: Sequence[Leaf]) -> Sequence[LeafSpec | Problem]:
         return [self._describe(leaf) for leaf in leaves]
 
+    def signature(self, leaves: Sequence[Any]) -> Hashable | None:
+        return None if any(map(_is_huge, leaves)) else tuple([_dtype(leaf) for leaf in leaves])
+
     def _describe(self, leaf: Leaf) -> LeafSpec | Problem:
         value, args = leaf.value, leaf.save_args
-        if isinstance(value, int) and not isinstance(value, np.generic) and not _INT64.min <= value <= _INT64.max:
+        if _is_huge(value):
             return Problem(f"the int {_shortened(value)} does not fit into 64 bits; save it as a str, or as several ints.")
         dtype = np.dtype(args.dtype) if args is not None and args.dtype is not None else _dtype(value)
         return LeafSpec(self.typestr, ArraySpec(leaf.name, (), dtype, ()))
@@ -59,6 +62,10 @@ class ScalarHandler(TypeHandler[Any]):
         self, specs: Sequence[LeafSpec], requests: Sequence[RestoreArgs], parts: Sequence[Mapping[Index, Array]]
     ) -> Sequence[Any]:
         return [_scalar(part[()], request) for request, part in zip(requests, parts, strict=True)]
+
+
+def _is_huge(value: Any) -> bool:
+    return isinstance(value, int) and not _INT64.min <= value <= _INT64.max
 
 
 def _dtype(value: Any) -> np.dtype[Any]:

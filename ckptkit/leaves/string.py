@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ckptkit.grid import Array, Index
@@ -23,6 +23,9 @@ class StringHandler(TypeHandler[str]):
 
     def describe(self, leaves: Sequence[Leaf]) -> Sequence[LeafSpec | Problem]:
         return [self._describe(leaf) for leaf in leaves]
+
+    def signature(self, leaves: Sequence[str]) -> Hashable | None:
+        return tuple(leaves)  # the text itself is in the spec
 
     def _describe(self, leaf: Leaf) -> LeafSpec | Problem:
         try:

@@ -1,199 +1,33 @@
-"""Saving: flatten > describe (every problem of the tree in one error) > stage > write > documents."""
+"""Saving by plan: stage in the caller's thread, within a budget; write in a thread of its own; then the documents."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import attrs
-import numpy as np
 
-from ckptkit import errors, reports, tree
-from ckptkit.grid import ArraySpec, Chunk, Index, index_shape
+from ckptkit import errors, reports
+from ckptkit.grid import Array, Chunk, index_shape
 from ckptkit.index import Checksums
-from ckptkit.leaves.base import Leaf, LeafSpec, Problem, SaveArgs, TypeHandler
+from ckptkit.leaves.base import TypeHandler
 from ckptkit.location import Location
-from ckptkit.options import StorageOptions
-from ckptkit.pipeline.limits import BATCH_BYTE_SIZE, BATCH_LEAVES
+from ckptkit.pipeline.plan import Batch, SavePlan
 from ckptkit.processes import Job
-from ckptkit.registry import Registry
-from ckptkit.storage.base import StorageBackend
+from ckptkit.storage.base import Writer
 
-__all__ = ["PLAIN", "LeafRules", "SavePlan", "plan_save", "start_save"]
-
-
-@attrs.frozen
-class LeafRules:
-    """What a handler wants of leaf types.
-
-    Attributes:
-      refusal: for a type that it does not take, what to do about it; None for others.
-      as_array: whether leaves of a type are saved as np.ndarray though they have a type handler.
-      arrays_from_protocol: leaves without a type handler are saved as np.ndarray where they have `__array__`.
-    """
-
-    refusal: Callable[[type], str | None] = lambda kind: None
-    as_array: Callable[[type], bool] = lambda kind: False
-    arrays_from_protocol: bool = False
-
-
-PLAIN = LeafRules()
-
-
-class Group(NamedTuple):
-    """Leaves of one type handler, in the order of the tree."""
-
-    handler: TypeHandler[Any]
-    leaves: Sequence[Leaf]
-    specs: Sequence[LeafSpec]
-
-
-@attrs.frozen(eq=False)
-class SavePlan:
-    """A tree that can be saved.
-
-    Attributes:
-      structure: of the tree, empty nodes included.
-      nodes: per leaf of the structure, its spec, or the empty node itself.
-      groups: the leaves that are stored, by type handler.
-      backend: where their chunks go.
-      options: for the backend.
-    """
-
-    structure: tree.Structure
-    nodes: Sequence[LeafSpec | Any]
-    groups: Sequence[Group]
-    backend: StorageBackend
-    options: StorageOptions
-
-    @property
-    def arrays(self) -> list[ArraySpec]:
-        return [spec.array for group in self.groups for spec in group.specs if spec.array is not None]
-
-
-def plan_save(
-    item: Any,
-    save_args: Any,
-    registry: Registry,
-    backend: StorageBackend,
-    options: StorageOptions,
-    rules: LeafRules = PLAIN,
-) -> SavePlan:
-    """What saving `item` will write. No I/O, no copy of data.
-
-    Args:
-      item: the tree.
-      save_args: a tree of `SaveArgs` or None with the structure of `item`; None for all defaults.
-      registry: finds the type handler of each leaf.
-      backend: refuses arrays that it cannot store.
-      options: for the backend.
-      rules: what the handler above wants of leaf types.
-
-    Raises:
-      errors.TreeError: lists every leaf that cannot be saved.
-    """
-    values, structure = tree.flatten(item)
-    args = [None] * len(values) if save_args is None else tree.flatten_alike(structure, save_args, "save_args")
-    problems: dict[int, str] = {}
-    positions = _by_handler(values, registry, rules, problems)
-    nodes: list[Any] = list(values)
-    groups = []
-    for handler, members in positions.items():
-        leaves = [
-            Leaf(structure.paths[i], structure.names[i], values[i], _checked(args[i], i, problems)) for i in members
-        ]
-        specs = _described(handler, leaves, members, problems)
-        for i, spec in zip(members, specs, strict=True):
-            nodes[i] = spec
-        groups.append(Group(handler, leaves, specs))
-    stored = sorted(i for members in positions.values() for i in members)
-    _refusals(backend, [(i, nodes[i].array) for i in stored if i not in problems and nodes[i].array is not None], problems)
-    lines = [f"{structure.paths[i]}: {problems[i]}" for i in sorted(problems)]
-    lines += tree.name_collisions(structure, stored)
-    if lines:
-        raise errors.TreeError(f"{len(lines)} of {len(values)} leaves cannot be saved:{errors.listing(lines)}")
-    return SavePlan(structure, nodes, groups, backend, options)
-
-
-class _Route(NamedTuple):
-    """What becomes of leaves of one Python type."""
-
-    handler: TypeHandler[Any] | None
-    as_array: bool = False
-    refusal: str | None = None
-
-
-def _by_handler(
-    values: list[Any], registry: Registry, rules: LeafRules, problems: dict[int, str]
-) -> dict[TypeHandler[Any], list[int]]:
-    """Positions of the leaves by type handler; leaves that are saved as arrays are replaced by them, in place."""
-    positions: dict[TypeHandler[Any], list[int]] = {}
-    routes: dict[type, _Route] = {}
-    for i, value in enumerate(values):
-        kind = type(value)
-        if (route := routes.get(kind)) is None:
-            route = routes[kind] = _route(kind, registry, rules)
-        if route.as_array:
-            values[i] = np.asarray(value)
-        if route.handler is not None:
-            positions.setdefault(route.handler, []).append(i)
-        elif not tree.is_empty_node(value):
-            problems[i] = f"Unsupported type: {kind}; {route.refusal}"
-    return positions
-
-
-def _route(kind: type, registry: Registry, rules: LeafRules) -> _Route:
-    if (refusal := rules.refusal(kind)) is not None:
-        return _Route(None, refusal=refusal)
-    if rules.as_array(kind):
-        return _Route(registry.type_handler_for(np.ndarray), as_array=True)
-    handler = registry.type_handler_for(kind)
-    if handler is None and rules.arrays_from_protocol and hasattr(kind, "__array__"):
-        return _Route(registry.type_handler_for(np.ndarray), as_array=True)
-    return _Route(handler, refusal="convert it to an array, a number or a str, or register a TypeHandler for it.")
-
-
-def _checked(args: Any, position: int, problems: dict[int, str]) -> SaveArgs | None:
-    if args is None or isinstance(args, SaveArgs):
-        if args is not None and args.aggregate:
-            problems[position] = "Unsupported option `aggregate`: every leaf is stored on its own; leave the option out."
-        return args
-    problems[position] = f"save_args holds a {type(args).__name__} here; expected SaveArgs or None."
-    return None
-
-
-def _described(
-    handler: TypeHandler[Any], leaves: Sequence[Leaf], members: Sequence[int], problems: dict[int, str]
-) -> Sequence[LeafSpec]:
-    described = handler.describe(leaves)
-    if len(described) != len(leaves):
-        raise errors.PluginError(f"{type(handler)}.describe returned {len(described)} results for {len(leaves)} leaves.")
-    for i, spec in zip(members, described, strict=True):
-        if isinstance(spec, Problem):
-            problems.setdefault(i, spec.message)
-    return described  # type: ignore[return-value]  # where a Problem is among them, the plan is never made
-
-
-def _refusals(backend: StorageBackend, arrays: Sequence[tuple[int, ArraySpec]], problems: dict[int, str]) -> None:
-    reasons = backend.refuse([array for _, array in arrays])
-    for (i, _), reason in zip(arrays, reasons, strict=True):
-        if reason is not None:
-            problems[i] = reason
+__all__ = ["start_save"]
 
 
 class _Staged(NamedTuple):
-    """A batch on its way to storage.
+    """A batch on its way to storage: its type handler, its plan, and the values of its cells."""
 
-    Attributes:
-      chunks: what to write.
-      held: host memory that it takes beside the caller's arrays, in bytes.
-    """
-
-    chunks: Sequence[Chunk]
-    held: int
+    handler: TypeHandler[Any]
+    batch: Batch
+    arrays: Sequence[Array]
 
 
 class _SaveFuture(Future[None]):
@@ -240,18 +74,19 @@ class _Budget:
 
 def start_save(
     plan: SavePlan,
+    values: Sequence[Any],
     location: Location,
-    max_inflight_bytes: int,
     documents: Callable[[Mapping[str, list[str]]], Mapping[str, bytes]],
 ) -> Future[None]:
     """Stages every leaf, and writes in a thread; returns when the caller may change or donate its arrays.
 
-    Staged copies are held to `max_inflight_bytes` (one chunk may exceed it): past that, the call waits for the writer.
+    Staged copies are held to the plan's `max_inflight_bytes` (one cell may exceed it): past that, the call waits for the
+    writer.
 
     Args:
-      plan: what to save.
+      plan: how to save.
+      values: the leaves of the tree, empty nodes included.
       location: an existing, empty directory.
-      max_inflight_bytes: bound of the host memory that staged copies take.
       documents: called in the writing thread with the checksums per array; returns the small files to write last.
 
     Returns:
@@ -259,21 +94,22 @@ def start_save(
     """
     result = _SaveFuture()
     batches: SimpleQueue[_Staged | None] = SimpleQueue()
-    budget = _Budget(max_inflight_bytes)
+    budget = _Budget(plan.max_inflight_bytes)
     tracker = reports.current_tracker("save")
-    tracker.expect(sum(array.nbytes for array in plan.arrays), sum(len(group.leaves) for group in plan.groups))
+    tracker.expect(sum([array.nbytes for array in plan.arrays]), sum([len(group.specs) for group in plan.groups]))
     # Not a daemon: the interpreter waits for it at exit, so that a save under way is finished.
     writer = threading.Thread(
         target=_write, args=(plan, location, batches, budget, documents, tracker, result), name="ckptkit-write", daemon=False
     )
     try:
-        for batch in _batches(plan, max_inflight_bytes):
+        for handler, batch in [(group.handler, batch) for group in plan.groups for batch in group.batches]:
             if not budget.fits(batch.held) and not writer.ident:
                 writer.start()
             budget.acquire(batch.held)
             if result.done():
                 break
-            batches.put(_Staged(_stage(batch), batch.held))
+            staged = handler.stage([(values[i], spec, cell) for i, spec, cell in batch.pieces])
+            batches.put(_Staged(handler, batch, staged))
     except BaseException:
         result.cancel()
         raise
@@ -284,61 +120,25 @@ def start_save(
     return result
 
 
-@attrs.frozen
-class _Piece:
-    """One cell of a leaf's grid that this process writes."""
+def _chunks(staged: _Staged) -> Sequence[Chunk]:
+    """What was staged, as the backend takes it.
 
-    leaf: Leaf
-    spec: LeafSpec
-    index: Index
-
-
-class _Batch(NamedTuple):
-    """What is staged together.
-
-    Attributes:
-      handler: of all its leaves.
-      pieces: the cells.
-      held: host memory that staging them takes beside the caller's arrays, in bytes.
+    Raises:
+      errors.PluginError: the type handler did not return what it must.
     """
-
-    handler: TypeHandler[Any]
-    pieces: Sequence[_Piece]
-    held: int
-
-
-def _batches(plan: SavePlan, max_inflight_bytes: int) -> Iterator[_Batch]:
-    """Everything to stage; a batch fits into half the budget, or is one piece."""
-    limit = min(BATCH_BYTE_SIZE, max(1, max_inflight_bytes // 2))
-    for handler, leaves, specs in plan.groups:
-        owned = handler.owned(leaves, specs, Job())
-        pieces = [_Piece(leaf, spec, cell) for leaf, spec, cells in zip(leaves, specs, owned, strict=True) for cell in cells]
-        sizes = handler.staged_nbytes([(piece.leaf.value, piece.spec, piece.index) for piece in pieces])
-        start = held = 0
-        for i, size in enumerate(sizes):
-            if i > start and (held + size > limit or i - start >= BATCH_LEAVES):
-                yield _Batch(handler, pieces[start:i], held)
-                start, held = i, 0
-            held += size
-        if pieces:
-            yield _Batch(handler, pieces[start:], held)
-
-
-def _stage(batch: _Batch) -> Sequence[Chunk]:
-    handler, pieces, _ = batch
-    staged = handler.stage([(piece.leaf.value, piece.spec, piece.index) for piece in pieces])
-    if len(staged) != len(pieces):
-        raise errors.PluginError(f"{type(handler)}.stage returned {len(staged)} arrays for {len(pieces)} pieces.")
+    handler, (pieces, _), arrays = staged
+    if len(arrays) != len(pieces):
+        raise errors.PluginError(f"{type(handler)}.stage returned {len(arrays)} arrays for {len(pieces)} cells.")
     chunks = []
-    for piece, data in zip(pieces, staged, strict=True):
-        array = piece.spec.array
+    for (_, spec, cell), data in zip(pieces, arrays, strict=True):
+        array = spec.array
         assert array is not None
-        if data.dtype != array.dtype or data.shape != index_shape(piece.index) or not data.flags.c_contiguous:
+        if data.dtype != array.dtype or data.shape != index_shape(cell) or not data.flags.c_contiguous:
             raise errors.PluginError(
-                f"{type(handler)}.stage returned a {data.dtype} array of shape {data.shape} for {piece.leaf.key_path}; "
-                f"expected a C-contiguous {array.dtype} array of shape {index_shape(piece.index)}."
+                f"{type(handler)}.stage returned a {data.dtype} array of shape {data.shape} for {array.name!r}; "
+                f"expected a C-contiguous {array.dtype} array of shape {index_shape(cell)}."
             )
-        chunks.append(Chunk(array, piece.index, data))
+        chunks.append(Chunk(array, cell, data))
     return chunks
 
 
@@ -356,14 +156,9 @@ def _write(
     try:
         writer = plan.backend.writer(location, plan.arrays, plan.options, Job())
         try:
-            while (batch := batches.get()) is not None:
-                if result.cancel_requested.is_set():
-                    break
-                written = writer.write(batch.chunks)
-                written.add_done_callback(_Written(budget, batch.held, tracker, sum(chunk.data.nbytes for chunk in batch.chunks)))
-                for chunk in batch.chunks:
-                    checksums[chunk.array.name].add(chunk.index, chunk.data)
-                del batch, chunk  # a view keeps jax from reusing a donated buffer; let it go as soon as its bytes are written
+            while (staged := batches.get()) is not None and not result.cancel_requested.is_set():
+                _write_batch(writer, _chunks(staged), checksums, _Written(budget, staged.batch.held, tracker))
+                del staged  # a view keeps jax from reusing a donated buffer; let it go as soon as its bytes are written
             if result.cancel_requested.is_set():
                 raise errors.CheckpointError("the save was given up.")
             writer.commit()
@@ -380,14 +175,21 @@ def _write(
         budget.close()
 
 
-@attrs.frozen
+def _write_batch(writer: Writer, chunks: Sequence[Chunk], checksums: Mapping[str, Checksums], written: _Written) -> None:
+    written.byte_count = sum([chunk.data.nbytes for chunk in chunks])
+    writer.write(chunks).add_done_callback(written)
+    for chunk in chunks:
+        checksums[chunk.array.name].add(chunk.index, chunk.data)
+
+
+@attrs.define
 class _Written:
     """Called when the data of a batch is no longer referenced."""
 
     budget: _Budget
     held: int
     tracker: reports.Tracker
-    byte_count: int
+    byte_count: int = 0
 
     def __call__(self, _: Future[None]) -> None:
         self.budget.release(self.held)

@@ -11,27 +11,29 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import attrs
 import numpy as np
-import numpy.typing as npt
 
 from ckptkit import errors
+from ckptkit.grid import Array, ArraySpec, Index
 from ckptkit.location import Location
 from ckptkit.storage._ocdbt_values import Value, Values, key_prefix, nbytes_of
 from ckptkit.storage._zarr_cells import canonicalise, decode, fill_value
-from ckptkit.storage.base import ArraySpec, Index, Reader
+from ckptkit.storage.base import Reader
 from ckptkit.storage.zarr_documents import DOCUMENT_NAMES, MAX_DOCUMENT_NBYTES, Document, Version, parse
 
 __all__ = ["OcdbtReader"]
 
-Array = npt.NDArray[Any]
 Request = tuple[str, Index, Array]
 
 # One task for a thread.
 _BATCH_NBYTES: Final = 32 << 20
 _BATCH_REQUESTS: Final = 4096
+
+# Chunks that are decoded together pass through a buffer of this size; larger ones go straight to their place.
+_STACK_NBYTES: Final = 4 << 20
 
 # Decoded bytes that one stored byte may stand for: bzip2 packs 1.3 million zeros into one, zstd 33 thousand.
 _MAX_RATIO: Final = 1 << 21
@@ -178,7 +180,7 @@ class OcdbtReader(Reader):
             cells.append(_Cell(name, index, out, document, value))
         self._read_raw(raw)
         for document, cells in encoded.items():
-            count = max(1, _BATCH_NBYTES // document.cell_nbytes)
+            count = max(1, _STACK_NBYTES // document.cell_nbytes)
             for i in range(0, len(cells), count):
                 self._read_encoded(document, cells[i : i + count])
 
@@ -202,7 +204,7 @@ class OcdbtReader(Reader):
 
     def _read_raw(self, cells: Sequence[_Cell]) -> None:
         """Reads straight into `out` where it is the cell's beginning, else the cell first."""
-        wanted: list[tuple[Value, npt.NDArray[np.uint8]]] = []
+        wanted: list[tuple[Value, Array]] = []
         parts: list[tuple[_Cell, Array]] = []
         for cell in cells:
             document, out = cell.document, cell.out
@@ -225,7 +227,7 @@ class OcdbtReader(Reader):
                 raise self._corrupt(cell, f"has {nbytes_of(cell.value)} bytes, expected {document.least_chunk_nbytes} at least")
         encoded = self._values.read([cell.value for cell in cells])
         try:
-            decoded = decode(document, encoded)
+            decode(document, encoded, [cell.out for cell in cells])
         except MemoryError as error:
             raise errors.StorageError(errno.ENOMEM, f"no memory to decode {self._what(cells[0])}", self._location.url) from error
         except Exception as error:
@@ -234,8 +236,7 @@ class OcdbtReader(Reader):
             for cell in cells:  # one by one, so that the error names the right one
                 self._read_encoded(document, [cell])
             return
-        for cell, values in zip(cells, decoded, strict=True):
-            cell.out[...] = values[tuple(map(slice, cell.out.shape))]
+        for cell in cells:
             canonicalise(cell.out)
 
     def _what(self, cell: _Cell) -> str:

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import tensorstore as ts
 
+from ckptkit.grid import Array
 from ckptkit.storage._zarr_dtypes import V3_DTYPES
 from ckptkit.storage.zarr_documents import Document
 
@@ -28,24 +28,30 @@ _USED_BITS = {
 }
 
 
-def decode(document: Document, encoded: Sequence[bytes]) -> npt.NDArray[Any]:
-    """The values of stored chunks of one document, stacked along a new first axis.
+def decode(document: Document, encoded: Sequence[bytes], outs: Sequence[Array]) -> None:
+    """Fills each array of `outs` with the beginning, along each axis, of the cell that a chunk of the document holds.
 
     Raises:
-      MemoryError: there is no room for them.
+      MemoryError: there is no room for the cells.
       Exception: TensorStore's, for bytes that are no such chunks.
     """
+    # Where TensorStore finds no memory it ends the process; where numpy finds none it says so.
     values = np.empty((len(encoded), *document.chunk_shape), document.dtype)
     context = ts.Context()
     memory = ts.KvStore.open("memory://", context=context).result()
     rest = ".0" * len(document.chunk_shape)
     for i, chunk in enumerate(encoded):
         memory.write(f"{i}{rest}", chunk).result()
-    ts.array(values).write(_open(document, document.stacked(len(encoded)), memory, context)).result()
-    return values
+    cells = _open(document, document.stacked(len(encoded)), memory, context)
+    if len(outs) == 1:
+        ts.array(outs[0][np.newaxis]).write(cells[(slice(0, 1), *map(slice, outs[0].shape))]).result()
+        return
+    ts.array(values).write(cells).result()
+    for out, cell in zip(outs, values, strict=True):
+        out[...] = cell[tuple(map(slice, out.shape))]
 
 
-def fill_value(document: Document) -> npt.NDArray[Any]:
+def fill_value(document: Document) -> Array:
     """The value, 0-d, of every element that is not stored; zero where the document names none.
 
     Raises:
@@ -56,7 +62,7 @@ def fill_value(document: Document) -> npt.NDArray[Any]:
     return np.asarray(_open(document, document.filled(), memory, context).read().result()).reshape(())
 
 
-def canonicalise(values: npt.NDArray[Any]) -> None:
+def canonicalise(values: Array) -> None:
     """Clears the bits that the dtype does not use, in place: a stranger's bytes must not make two unequal Trues."""
     if values.dtype.kind == "b":
         np.not_equal(values.view(np.uint8), 0, out=values)

@@ -23,6 +23,9 @@ from ckptkit.storage.zarr_documents import refusal
 
 __all__ = ["OcdbtBackend"]
 
+# Every commit rewrites the nodes that it touches, with the values that lie in them.
+_CONFIG = {"max_inline_value_bytes": 255, "max_decoded_node_bytes": 8_000_000, "manifest_kind": "single"}
+
 
 class OcdbtBackend(StorageBackend):
     """Arrays as chunks in one OCDBT database per directory."""
@@ -37,8 +40,7 @@ class OcdbtBackend(StorageBackend):
         spec: dict[str, Any] = {
             "driver": "ocdbt",
             "base": location.kvstore(),
-            # Every commit rewrites the nodes that it touches, with the values that lie in them.
-            "config": {"max_inline_value_bytes": 255, "max_decoded_node_bytes": 8_000_000, "manifest_kind": "single"},
+            "config": _CONFIG,
         }
         if options.target_data_file_size is not None:
             spec["target_data_file_size"] = options.target_data_file_size

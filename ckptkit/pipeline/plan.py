@@ -1,0 +1,243 @@
+"""Planning a save: flatten > describe > refuse, with every problem of the tree in one error. No I/O, no copy of data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import attrs
+import numpy as np
+
+from ckptkit import errors, tree
+from ckptkit._recent import Recent
+from ckptkit.grid import ArraySpec, Index
+from ckptkit.leaves.base import Leaf, LeafSpec, Problem, SaveArgs, TypeHandler
+from ckptkit.options import StorageOptions
+from ckptkit.pipeline.limits import BATCH_BYTE_SIZE, BATCH_LEAVES
+from ckptkit.processes import Job
+from ckptkit.registry import Registry
+from ckptkit.storage.base import StorageBackend
+
+__all__ = ["PLAIN", "Batch", "LeafRules", "SavePlan", "plan_save"]
+
+
+@attrs.frozen
+class LeafRules:
+    """What a handler wants of leaf types.
+
+    Attributes:
+      refusal: for a type that it does not take, what to do about it; None for others.
+      as_array: whether leaves of a type are saved as np.ndarray though they have a type handler.
+      arrays_from_protocol: leaves without a type handler are saved as np.ndarray where they have `__array__`.
+    """
+
+    refusal: Callable[[type], str | None] = lambda kind: None
+    as_array: Callable[[type], bool] = lambda kind: False
+    arrays_from_protocol: bool = False
+
+
+PLAIN = LeafRules()
+
+
+class Batch(NamedTuple):
+    """Cells of leaves of one type handler that are staged together.
+
+    Attributes:
+      pieces: position of the leaf in the tree, its spec, the cell.
+      held: host memory that staging them takes beside the caller's arrays, in bytes.
+    """
+
+    pieces: Sequence[tuple[int, LeafSpec, Index]]
+    held: int
+
+
+class Group(NamedTuple):
+    """Leaves of one type handler, in the order of the tree."""
+
+    handler: TypeHandler[Any]
+    specs: Sequence[LeafSpec]
+    batches: Sequence[Batch]
+
+
+@attrs.frozen(eq=False)
+class SavePlan:
+    """What saving a tree will write. It holds no leaf, so that it serves the next tree of the same kind too.
+
+    Attributes:
+      structure: of the tree, empty nodes included.
+      nodes: per leaf of the structure, its spec, or the empty node itself.
+      groups: the leaves that are stored, by type handler.
+      backend: where their chunks go.
+      options: for the backend.
+      max_inflight_bytes: bound of the host memory that staged copies take.
+    """
+
+    structure: tree.Structure
+    nodes: Sequence[LeafSpec | Any]
+    groups: Sequence[Group]
+    backend: StorageBackend
+    options: StorageOptions
+    max_inflight_bytes: int
+
+    @property
+    def arrays(self) -> list[ArraySpec]:
+        return [spec.array for group in self.groups for spec in group.specs if spec.array is not None]
+
+
+_plans: Recent[Hashable, SavePlan] = Recent(4)
+
+
+def plan_save(
+    item: Any,
+    save_args: Any,
+    registry: Registry,
+    backend: StorageBackend,
+    options: StorageOptions,
+    max_inflight_bytes: int,
+    rules: LeafRules = PLAIN,
+) -> tuple[SavePlan, Sequence[Any]]:
+    """How to save `item`, and its leaves. Training saves trees of one kind, so the plan of the last ones is kept.
+
+    Args:
+      item: the tree.
+      save_args: a tree of `SaveArgs` or None with the structure of `item`; None for all defaults.
+      registry: finds the type handler of each leaf.
+      backend: refuses arrays that it cannot store.
+      options: for the backend.
+      max_inflight_bytes: bound of the host memory that staged copies take.
+      rules: what the handler above wants of leaf types.
+
+    Raises:
+      errors.TreeError: lists every leaf that cannot be saved.
+    """
+    values, structure = tree.flatten(item)
+    problems: dict[int, str] = {}
+    members = _by_handler(values, registry, rules, problems)
+
+    def make() -> SavePlan:
+        args = [None] * len(values) if save_args is None else tree.flatten_alike(structure, save_args, "save_args")
+        return _plan(structure, values, members, args, backend, options, max_inflight_bytes, problems)
+
+    signatures = [(handler, handler.signature([values[i] for i in positions])) for handler, positions in members.items()]
+    if save_args is not None or problems or any(signature is None for _, signature in signatures):
+        return make(), values
+    return _plans.get((structure, tuple(signatures), backend, options, max_inflight_bytes), make), values
+
+
+def _plan(
+    structure: tree.Structure,
+    values: Sequence[Any],
+    members: Mapping[TypeHandler[Any], Sequence[int]],
+    args: Sequence[Any],
+    backend: StorageBackend,
+    options: StorageOptions,
+    max_inflight_bytes: int,
+    problems: dict[int, str],
+) -> SavePlan:
+    described: dict[TypeHandler[Any], tuple[Sequence[Leaf], Sequence[LeafSpec]]] = {}
+    nodes: list[Any] = list(values)
+    for handler, positions in members.items():
+        leaves = [Leaf(structure.paths[i], structure.names[i], values[i], _checked(args[i], i, problems)) for i in positions]
+        described[handler] = leaves, _described(handler, leaves, positions, problems)
+        for i, spec in zip(positions, described[handler][1], strict=True):
+            nodes[i] = spec
+    stored = sorted(i for positions in members.values() for i in positions)
+    _refusals(backend, [(i, nodes[i].array) for i in stored if i not in problems and nodes[i].array is not None], problems)
+    lines = [f"{structure.paths[i]}: {problems[i]}" for i in sorted(problems)]
+    lines += tree.name_collisions(structure, stored)
+    if lines:
+        raise errors.TreeError(f"{len(lines)} of {len(values)} leaves cannot be saved:{errors.listing(lines)}")
+    groups = [
+        Group(handler, specs, list(_batches(handler, members[handler], leaves, specs, max_inflight_bytes)))
+        for handler, (leaves, specs) in described.items()
+    ]
+    return SavePlan(structure, nodes, groups, backend, options, max_inflight_bytes)
+
+
+def _batches(
+    handler: TypeHandler[Any],
+    positions: Sequence[int],
+    leaves: Sequence[Leaf],
+    specs: Sequence[LeafSpec],
+    max_inflight_bytes: int,
+) -> Iterator[Batch]:
+    """The cells that this process writes; a batch fits into half the budget, or is one cell."""
+    limit = min(BATCH_BYTE_SIZE, max(1, max_inflight_bytes // 2))
+    owned = zip(positions, leaves, specs, handler.owned(leaves, specs, Job()), strict=True)
+    cells = [(i, leaf.value, spec, cell) for i, leaf, spec, its_cells in owned for cell in its_cells]
+    sizes = handler.staged_nbytes([cell[1:] for cell in cells])
+    pieces = [(i, spec, cell) for i, _, spec, cell in cells]
+    start = held = 0
+    for number, size in enumerate(sizes):
+        if number > start and (held + size > limit or number - start >= BATCH_LEAVES):
+            yield Batch(pieces[start:number], held)
+            start, held = number, 0
+        held += size
+    if pieces:
+        yield Batch(pieces[start:], held)
+
+
+class _Route(NamedTuple):
+    """What becomes of leaves of one Python type."""
+
+    handler: TypeHandler[Any] | None
+    as_array: bool = False
+    refusal: str | None = None
+
+
+def _by_handler(
+    values: list[Any], registry: Registry, rules: LeafRules, problems: dict[int, str]
+) -> dict[TypeHandler[Any], list[int]]:
+    """Positions of the leaves by type handler; leaves that are saved as arrays are replaced by them, in place."""
+    positions: dict[TypeHandler[Any], list[int]] = {}
+    routes: dict[type, _Route] = {}
+    for i, value in enumerate(values):
+        kind = type(value)
+        if (route := routes.get(kind)) is None:
+            route = routes[kind] = _route(kind, registry, rules)
+        if route.as_array:
+            values[i] = np.asarray(value)
+        if route.handler is not None:
+            positions.setdefault(route.handler, []).append(i)
+        elif not tree.is_empty_node(value):
+            problems[i] = f"Unsupported type: {kind}; {route.refusal}"
+    return positions
+
+
+def _route(kind: type, registry: Registry, rules: LeafRules) -> _Route:
+    if (refusal := rules.refusal(kind)) is not None:
+        return _Route(None, refusal=refusal)
+    if rules.as_array(kind):
+        return _Route(registry.type_handler_for(np.ndarray), as_array=True)
+    handler = registry.type_handler_for(kind)
+    if handler is None and rules.arrays_from_protocol and hasattr(kind, "__array__"):
+        return _Route(registry.type_handler_for(np.ndarray), as_array=True)
+    return _Route(handler, refusal="convert it to an array, a number or a str, or register a TypeHandler for it.")
+
+
+def _checked(args: Any, position: int, problems: dict[int, str]) -> SaveArgs | None:
+    if args is None or isinstance(args, SaveArgs):
+        if args is not None and args.aggregate:
+            problems[position] = "Unsupported option `aggregate`: every leaf is stored on its own; leave the option out."
+        return args
+    problems[position] = f"save_args holds a {type(args).__name__} here; expected SaveArgs or None."
+    return None
+
+
+def _described(
+    handler: TypeHandler[Any], leaves: Sequence[Leaf], members: Sequence[int], problems: dict[int, str]
+) -> Sequence[LeafSpec]:
+    described = handler.describe(leaves)
+    if len(described) != len(leaves):
+        raise errors.PluginError(f"{type(handler)}.describe returned {len(described)} results for {len(leaves)} leaves.")
+    for i, spec in zip(members, described, strict=True):
+        if isinstance(spec, Problem):
+            problems.setdefault(i, spec.message)
+    return described  # type: ignore[return-value]  # where a Problem is among them, the plan is never made
+
+
+def _refusals(backend: StorageBackend, arrays: Sequence[tuple[int, ArraySpec]], problems: dict[int, str]) -> None:
+    reasons = backend.refuse([array for _, array in arrays])
+    for (i, _), reason in zip(arrays, reasons, strict=True):
+        if reason is not None:
+            problems[i] = reason
