@@ -1,0 +1,70 @@
+"""Threads for work in the background of a save or a restore."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from queue import SimpleQueue
+from typing import Any, Self, TypeVar
+
+T = TypeVar("T")
+
+
+class Workers:
+    """A few threads that take calls in order; a context manager that waits for all of them.
+
+    The standard library's executor takes nothing any more once the interpreter is about to exit, which is just when a save in
+    flight must be finished. These threads are no daemons: the interpreter waits for them too.
+    """
+
+    def __init__(self, count: int, name: str) -> None:
+        self._count = count
+        self._name = name
+        self._threads: list[threading.Thread] = []
+        self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        self._closed = False
+
+    def submit(self, function: Callable[..., T], *args: Any) -> Future[T]:
+        """Calls `function` in one of the threads."""
+        if self._closed:
+            raise RuntimeError("these workers were closed")
+        future: Future[T] = Future()
+        self._calls.put((future, lambda: function(*args)))
+        if len(self._threads) < self._count:
+            thread = threading.Thread(target=self._run, name=f"{self._name}-{len(self._threads)}", daemon=False)
+            self._threads.append(thread)
+            thread.start()
+        return future
+
+    def close(self, *, cancel: bool = False) -> None:
+        """Waits until every call has ended; `cancel` drops those that have not begun."""
+        self._closed = True
+        if cancel:
+            while not self._calls.empty():
+                call = self._calls.get()
+                if call is not None:
+                    call[0].cancel()
+        for _ in self._threads:
+            self._calls.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close(cancel=error[0] is not None)
+
+    def _run(self) -> None:
+        while (call := self._calls.get()) is not None:
+            future, function = call
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                result = function()
+            except BaseException as error:  # noqa: BLE001 - it is raised again where the future's result is asked for
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+            del call, future, function

@@ -1,0 +1,50 @@
+"""The workers of saves and restores."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from ckptkit._threads import Workers
+
+
+def test_calls_run_and_their_errors_reach_the_caller() -> None:
+    with Workers(2, "test") as workers:
+        futures = [workers.submit(divmod, 7, n) for n in (2, 0)]
+        assert futures[0].result() == (3, 1)
+        with pytest.raises(ZeroDivisionError):
+            futures[1].result()
+
+
+def test_cancelling_drops_what_has_not_begun() -> None:
+    begun, end = threading.Event(), threading.Event()
+    workers = Workers(1, "test")
+
+    def wait() -> None:
+        begun.set()
+        end.wait(10)
+
+    first, second = workers.submit(wait), workers.submit(int)
+    begun.wait(10)
+    threading.Timer(0.05, end.set).start()
+    workers.close(cancel=True)
+    assert (first.result(), second.cancelled()) == (None, True)
+
+
+def test_they_take_calls_while_the_interpreter_exits() -> None:
+    code = """
+import threading, time
+from ckptkit._threads import Workers
+
+def late():
+    threading.main_thread().join()
+    with Workers(2, "late") as workers:
+        print(workers.submit(sum, [1, 2]).result())
+
+threading.Thread(target=late).start()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "3\n"), done.stderr
