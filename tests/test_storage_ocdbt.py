@@ -27,7 +27,8 @@ from ckptkit.grid import ArraySpec, Chunk, chunk_indices, index_shape
 from ckptkit.location import FileLocation
 from ckptkit.options import StorageOptions
 from ckptkit.processes import Job
-from ckptkit.storage import _ocdbt_reader, _ocdbt_writer, ocdbt
+from ckptkit.storage import _chunk_reader, _ocdbt_writer, ocdbt
+from ckptkit.storage._tensorstore import reading_error
 from ckptkit.storage._zarr_dtypes import V3_DTYPES
 from ckptkit.storage.zarr_documents import emit
 
@@ -490,7 +491,7 @@ def test_a_shard_too_small_for_its_own_index_is_an_error(location):
     document["codecs"] = [{"name": "sharding_indexed", "configuration": shard}]
     database(location).write("a/zarr.json", json.dumps(document)).result()
     database(location).write("a/c/0", b"x" * 1000).result()
-    with pytest.raises(errors.CorruptCheckpointError, match="expected 16777216 at least"):
+    with pytest.raises(errors.CorruptCheckpointError, match=r"has 1000 bytes, expected \(16777216"):
         read(location)
 
 
@@ -516,9 +517,31 @@ def test_an_array_that_claims_what_is_not_stored_is_refused_before_any_is_alloca
     database(saved).write("a/.zarray", json.dumps(document)).result()
     database(saved).write("a/0", stored).result()
     reader = BACKEND.reader(saved)
-    with pytest.raises(errors.FormatError, match=r"'a/' of shape .* claims 4503599627370496 bytes"):
+    with pytest.raises(errors.FormatError, match=r"'a' of shape .* claims 4503599627370496 bytes"):
         reader.arrays()
     reader.close()
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"[" * 100_000])
+def test_damaged_metadata_of_orbax_says_nothing_about_missing_chunks(location, content):
+    with_a_missing_chunk(location, fill_value=1)
+    location.write_bytes("_METADATA", content)
+    assert read(location)["a"].tolist() == [1, 2, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("NOT_FOUND: Manifest not found", errors.NotFoundError),
+        ("DATA_LOSS: Error decoding", errors.CorruptCheckpointError),
+        ("Invalid key", errors.CorruptCheckpointError),
+        ("UNAVAILABLE: connection refused", errors.StorageError),
+        ("PERMISSION_DENIED: no [os_error_code='13']", errors.StorageError),
+        ("NOT_FOUND: no [os_error_code='2']", errors.NotFoundError),
+    ],
+)
+def test_what_tensorstore_says_while_reading_becomes_one_of_our_errors(text, expected):
+    assert type(reading_error(ValueError(text), "/there")) is expected
 
 
 # Failures while writing, and the ends of things.
@@ -594,7 +617,7 @@ def test_a_closed_reader_says_so(saved):
 
 
 def test_many_threads_share_a_reader(location, monkeypatch):
-    monkeypatch.setattr(_ocdbt_reader, "_BATCH_REQUESTS", 7)
+    monkeypatch.setattr(_chunk_reader, "_BATCH_REQUESTS", 7)
     arrays = {f"a{i}": array((64,), seed=i) for i in range(200)}
     write(location, arrays)
     reader = BACKEND.reader(location)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any, Final
@@ -15,12 +14,13 @@ from typing import Any, Final
 import numpy as np
 import tensorstore as ts
 
-from ckptkit.location import Location, mapped_os_errors
-from ckptkit.storage._ocdbt_values import key_prefix
+from ckptkit.location import Location
+from ckptkit.storage._futures import done
 from ckptkit.storage._tensorstore import writing_error
-from ckptkit.storage._zarr_cells import DRIVERS
+from ckptkit.storage._values import key_prefix
+from ckptkit.storage._zarr_cells import DRIVERS, stored_cell
 from ckptkit.storage.base import ArraySpec, Chunk, Writer
-from ckptkit.storage.zarr_documents import DOCUMENT_NAMES, Document, Version, emit, parse
+from ckptkit.storage.zarr_documents import DOCUMENT_NAMES, Document, Version, documented, emit
 
 __all__ = ["OcdbtWriter"]
 
@@ -44,7 +44,7 @@ class OcdbtWriter(Writer):
         self._store = store
         self._context = context
         self._begin_transaction()
-        self._committing = _done()
+        self._committing = done()
         self._opened: dict[str, ts.TensorStore] = {}
         self._documents: dict[str, Document] = {}
         self._describe(arrays, version)
@@ -62,7 +62,7 @@ class OcdbtWriter(Writer):
             if self._filled_nbytes >= _TRANSACTION_NBYTES:
                 self._start_commit()
         if not referenced:
-            return _done()
+            return done()
         if self._filled_nbytes:
             self._start_commit()  # else the caller would wait for memory that nothing releases
         return self._committing
@@ -72,8 +72,6 @@ class OcdbtWriter(Writer):
             self._mapped(self._store.delete_range(ts.KvStore.KeyRange()))  # makes the manifest, which readers require
         self._start_commit()
         self._committing.result()
-        if self._location.local_path is not None:
-            _sync(self._location.local_path)
 
     def abort(self) -> None:
         self._transaction.abort()
@@ -82,22 +80,13 @@ class OcdbtWriter(Writer):
 
     def _describe(self, arrays: Sequence[ArraySpec], version: Version) -> None:
         """Writes every array's document, also of those that have no chunk."""
-        parsed = functools.cache(functools.partial(parse, version=version))
-        for array in arrays:
-            data = emit(array, version)
-            document = parsed(data)
-            assert document is not None  # narrows the type: what `emit` made is an array
+        for array, document, data in documented(arrays, version):
             self._documents[array.name] = document
             self._pending.write(key_prefix(array.name) + DOCUMENT_NAMES[version], data)
 
     def _copy(self, chunk: Chunk, document: Document) -> None:
-        data = np.asarray(chunk.data, document.dtype)
-        if data.shape != document.chunk_shape:
-            cell = np.zeros(document.chunk_shape, document.dtype)
-            cell[tuple(map(slice, data.shape))] = data
-            data = cell
         key = key_prefix(chunk.array.name) + document.chunk_key(chunk.index)
-        self._pending.write(key, data.tobytes())
+        self._pending.write(key, stored_cell(chunk.data, document).tobytes())
 
     def _refer(self, chunk: Chunk, document: Document) -> None:
         array = self._open(chunk.array, document).with_transaction(self._transaction)
@@ -139,12 +128,6 @@ class OcdbtWriter(Writer):
             raise writing_error(error, self._location.url) from error
 
 
-def _done() -> Future[None]:
-    done: Future[None] = Future()
-    done.set_result(None)
-    return done
-
-
 def _settle(done: Future[None], path: str, committed: Any) -> None:
     error = committed.exception()
     if error is None:
@@ -153,15 +136,3 @@ def _settle(done: Future[None], path: str, committed: Any) -> None:
         mapped = writing_error(error, path)
         mapped.__cause__ = error
         done.set_exception(mapped)
-
-
-def _sync(directory: str) -> None:
-    """Forces the files of the directory, and the names they have there, to the disk."""
-    for root, _, names in os.walk(directory, topdown=False):
-        for path in (*(os.path.join(root, name) for name in names), root):
-            with mapped_os_errors(path, "sync"):
-                descriptor = os.open(path, os.O_RDONLY)
-                try:
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)

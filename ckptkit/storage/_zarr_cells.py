@@ -6,6 +6,7 @@ costs it 0.1 to 0.6 ms, which thousands of small leaves cannot afford, and a str
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from ckptkit.grid import Array
 from ckptkit.storage._zarr_dtypes import V3_DTYPES
 from ckptkit.storage.zarr_documents import Document
 
-__all__ = ["DRIVERS", "canonicalise", "decode", "fill_value"]
+__all__ = ["DRIVERS", "canonicalise", "decode", "fill_value", "stored_cell"]
 
 DRIVERS = {2: "zarr", 3: "zarr3"}
 
@@ -28,8 +29,18 @@ _USED_BITS = {
 }
 
 
+def stored_cell(data: Array, document: Document) -> Array:
+    """A chunk as it is stored uncompressed: in this machine's byte order, with zeros up to the whole cell at the array's end."""
+    data = np.asarray(data, document.dtype, order="C")
+    if data.shape == document.chunk_shape:
+        return data
+    cell = np.zeros(document.chunk_shape, document.dtype)
+    cell[tuple(map(slice, data.shape))] = data
+    return cell
+
+
 def decode(document: Document, encoded: Sequence[bytes], outs: Sequence[Array]) -> None:
-    """Fills each array of `outs` with the beginning, along each axis, of the cell that a chunk of the document holds.
+    """Fills each array of `outs` with the beginning, along each axis, of the cell that the chunk at its place holds.
 
     Raises:
       MemoryError: there is no room for the cells.
@@ -51,6 +62,7 @@ def decode(document: Document, encoded: Sequence[bytes], outs: Sequence[Array]) 
         out[...] = cell[tuple(map(slice, out.shape))]
 
 
+@functools.lru_cache(maxsize=256)
 def fill_value(document: Document) -> Array:
     """The value, 0-d, of every element that is not stored; zero where the document names none.
 

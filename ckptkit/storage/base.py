@@ -27,11 +27,14 @@ class Writer(abc.ABC):
 
     @abc.abstractmethod
     def write(self, chunks: Sequence[Chunk]) -> Future[None]:
-        """Starts to write chunks; the future is done when their data is no longer referenced (durable after `commit`)."""
+        """Starts to write chunks; the future is done when their data is no longer referenced."""
 
     @abc.abstractmethod
     def commit(self) -> None:
-        """Finishes everything: when it returns, all arrays are on storage, files synced."""
+        """Finishes everything: when it returns, all arrays are on storage.
+
+        Files of a local directory need not be synced: whoever commits the checkpoint syncs every file of it.
+        """
 
     @abc.abstractmethod
     def abort(self) -> None:

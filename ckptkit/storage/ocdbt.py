@@ -14,10 +14,11 @@ import tensorstore as ts
 from ckptkit.location import Location
 from ckptkit.options import StorageOptions
 from ckptkit.processes import Job
-from ckptkit.storage._ocdbt_reader import OcdbtReader
-from ckptkit.storage._ocdbt_values import MANIFEST, Values, key_prefix
+from ckptkit.storage._chunk_reader import ChunkReader
+from ckptkit.storage._ocdbt_values import MANIFEST, OcdbtValues
 from ckptkit.storage._ocdbt_writer import OcdbtWriter
 from ckptkit.storage._tensorstore import mapped_tensorstore_errors, writing_error
+from ckptkit.storage._values import key_prefix
 from ckptkit.storage.base import ArraySpec, Reader, StorageBackend, Writer
 from ckptkit.storage.zarr_documents import refusal
 
@@ -44,7 +45,7 @@ class OcdbtBackend(StorageBackend):
         }
         if options.target_data_file_size is not None:
             spec["target_data_file_size"] = options.target_data_file_size
-        # The writer syncs files once, at the end; otherwise each transaction waits for the disk.
+        # Whoever commits the checkpoint syncs its files once; otherwise each transaction waits for the disk.
         context = ts.Context({"file_io_sync": False})
         try:
             store = ts.KvStore.open(spec, context=context).result()
@@ -56,7 +57,7 @@ class OcdbtBackend(StorageBackend):
         context = ts.Context()
         with mapped_tensorstore_errors(location.url):
             base = ts.KvStore.open(location.kvstore(), context=context).result()
-        return OcdbtReader(location, Values(location, base, context))
+        return ChunkReader(location, OcdbtValues(location, base, context))
 
     def recognises(self, location: Location) -> bool:
         return location.exists(MANIFEST)

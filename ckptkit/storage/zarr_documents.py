@@ -12,7 +12,7 @@ import json
 import math
 import reprlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, Literal, NoReturn
 
 import attrs
@@ -22,7 +22,7 @@ from ckptkit import errors
 from ckptkit.storage._zarr_dtypes import V2_DTYPES, V3_DTYPES, substitute, v2_name
 from ckptkit.storage.base import ArraySpec, Index
 
-__all__ = ["DOCUMENT_NAMES", "Document", "Version", "emit", "parse", "refusal"]
+__all__ = ["DOCUMENT_NAMES", "Document", "Version", "documented", "emit", "parse", "refusal"]
 
 Version = Literal[2, 3]
 
@@ -77,7 +77,7 @@ class Document:
         only a writer needs.
       fill: the value of what is not stored, as JSON; None where the document names none.
       raw: whether a stored chunk is the cell's bytes as they are in memory.
-      least_chunk_nbytes: fewer stored bytes than this cannot be a chunk.
+      shard_index_nbytes: of the list of chunks that each shard holds; 0 where chunks are no shards.
     """
 
     version: Version
@@ -90,12 +90,19 @@ class Document:
     codecs: Sequence[Any]
     fill: Any
     raw: bool
-    least_chunk_nbytes: int = 0
+    shard_index_nbytes: int = 0
 
     @functools.cached_property
     def cell_nbytes(self) -> int:
         """Bytes of one decoded chunk."""
         return math.prod(self.chunk_shape) * self.dtype.itemsize
+
+    @functools.cached_property
+    def stored_nbytes(self) -> tuple[int, int]:
+        """The least and the most bytes that a stored chunk can have; no codec adds more than a small header to each part."""
+        if self.raw:
+            return self.cell_nbytes, self.cell_nbytes
+        return self.shard_index_nbytes, 2 * (self.cell_nbytes + self.shard_index_nbytes) + 4096
 
     @functools.cached_property
     def padded_nbytes(self) -> int:
@@ -146,6 +153,16 @@ def emit(array: ArraySpec, version: Version) -> bytes:
 def _emit(shape: tuple[int, ...], chunk_shape: tuple[int, ...], dtype: np.dtype[Any], version: Version) -> bytes:
     fields = _fields_v2(shape, chunk_shape, dtype) if version == 2 else _fields_v3(shape, chunk_shape, dtype)
     return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
+
+
+def documented(arrays: Sequence[ArraySpec], version: Version) -> Iterator[tuple[ArraySpec, Document, bytes]]:
+    """Each array with its document, parsed and as bytes; those that are the same are parsed once."""
+    parsed = functools.cache(functools.partial(parse, version=version))
+    for array in arrays:
+        data = emit(array, version)
+        document = parsed(data)
+        assert document is not None  # narrows the type: what `emit` made is an array
+        yield array, document, data
 
 
 def _fields_v2(shape: tuple[int, ...], chunk_shape: tuple[int, ...], dtype: np.dtype[Any]) -> dict[str, Any]:
@@ -238,7 +255,7 @@ def _parse_v3(fields: Mapping[str, Any]) -> Document:
         codecs=codecs,
         fill=_fill(fields.get("fill_value")),
         raw=codecs == [{"name": "bytes", "configuration": {"endian": "little"}}],
-        least_chunk_nbytes=_shard_index_nbytes(codecs, chunk_shape),
+        shard_index_nbytes=_shard_index_nbytes(codecs, chunk_shape),
     )
 
 

@@ -1,4 +1,7 @@
-"""Chunks out of an OCDBT database, of ours or of another program: straight from the files where they lie as in memory."""
+"""Chunks of zarr arrays out of whatever holds them by key: straight from the files where they lie as in memory.
+
+What is read may be of ours or of another program; `Values` knows whether it is a database or a directory of files.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from itertools import accumulate
 from typing import Final, NamedTuple
 
@@ -17,14 +20,16 @@ import attrs
 import numpy as np
 
 from ckptkit import errors
+from ckptkit._threads import Workers
 from ckptkit.grid import Array, ArraySpec, Index
 from ckptkit.location import Location
-from ckptkit.storage._ocdbt_values import Value, Values, key_prefix, nbytes_of
+from ckptkit.storage._futures import joined
+from ckptkit.storage._values import Value, Values, key_prefix, nbytes_of
 from ckptkit.storage._zarr_cells import canonicalise, decode, fill_value
 from ckptkit.storage.base import Reader
 from ckptkit.storage.zarr_documents import DOCUMENT_NAMES, MAX_DOCUMENT_NBYTES, Document, Version, parse
 
-__all__ = ["OcdbtReader"]
+__all__ = ["ChunkReader"]
 
 Request = tuple[str, Index, Array]
 
@@ -32,7 +37,7 @@ Request = tuple[str, Index, Array]
 _BATCH_NBYTES: Final = 32 << 20
 _BATCH_REQUESTS: Final = 4096
 
-# Chunks that are decoded together pass through a buffer of this size; larger ones go straight to their place.
+# Chunks that are decoded together pass through a buffer of this size; larger ones go to their place one by one.
 _STACK_NBYTES: Final = 4 << 20
 
 # Decoded bytes that one stored byte may stand for: bzip2 packs 1.3 million zeros into one, zstd 33 thousand.
@@ -46,12 +51,11 @@ _MAX_FILLED_NBYTES: Final = 1 << 40
 
 @attrs.frozen(eq=False)
 class _Cell:
-    """One request, and where its chunk is."""
+    """One request, and its chunk as stored."""
 
     name: str
     index: Index
     out: Array
-    document: Document
     value: Value
 
 
@@ -81,13 +85,13 @@ class _Listing(NamedTuple):
     arrays: _Arrays
 
 
-class OcdbtReader(Reader):
-    """Lists the database at the first call; reads in threads of its own."""
+class ChunkReader(Reader):
+    """Lists what is there at the first call; reads in threads of its own."""
 
     def __init__(self, location: Location, values: Values) -> None:
         self._location = location
         self._values = values
-        self._pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="ckptkit-read")
+        self._pool = Workers(min(4, os.cpu_count() or 1), "ckptkit-read")
         self._lock = threading.Lock()
         self._listing: _Listing | None = None
         self._closed = False
@@ -98,11 +102,11 @@ class OcdbtReader(Reader):
     def read(self, requests: Sequence[Request]) -> Future[None]:
         if self._closed:
             raise errors.ClosedError(f"{self._location.url}: the reader was closed before this read.")
-        return _joined([self._pool.submit(self._read_batch, batch) for batch in _batches(requests)])
+        return joined([self._pool.submit(self._read_batch, batch) for batch in _batches(requests)])
 
     def close(self) -> None:
         self._closed = True
-        self._pool.shutdown()
+        self._pool.close()
         self._listing = None
 
     def _listed(self) -> _Listing:
@@ -145,12 +149,11 @@ class OcdbtReader(Reader):
             begin = prefix.encode()
             first, last = bisect.bisect_left(keys, begin), bisect.bisect_left(keys, begin + b"\xff")
             stored = held[last] - held[first]
-            allowed = stored * (1 if document.raw else _MAX_RATIO)
-            allowed += _MAX_FILLED_NBYTES if self._absent_is_fill(document) else _MAX_LOST_NBYTES
-            if document.padded_nbytes > allowed:
+            unborne = document.padded_nbytes - stored * (1 if document.raw else _MAX_RATIO)
+            if unborne > _MAX_FILLED_NBYTES or (unborne > _MAX_LOST_NBYTES and not self._absent_is_fill(document)):
                 raise errors.FormatError(
-                    f"{self._location.url}: array {prefix!r} of shape {document.shape} and dtype {document.dtype} claims "
-                    f"{document.padded_nbytes} bytes, but only {stored} are stored: the file is damaged or not to be trusted."
+                    f"{self._location.url}: array {_name(prefix)!r} of shape {document.shape} and dtype {document.dtype} claims "
+                    f"{document.padded_nbytes} bytes, but {stored} are stored: the file is damaged or not to be trusted."
                 )
 
     @functools.cached_property
@@ -176,25 +179,33 @@ class OcdbtReader(Reader):
             if value is None:
                 self._fill(name, index, document, out)
                 continue
-            cells = raw if document.raw else encoded.setdefault(document, [])
-            cells.append(_Cell(name, index, out, document, value))
-        self._read_raw(raw)
+            cells = raw if _lies_as_stored(out, document) else encoded.setdefault(document, [])
+            cells.append(_Cell(name, index, out, value))
+        self._values.read_into([(cell.value, cell.out.reshape(-1).view(np.uint8)) for cell in raw])
         for document, cells in encoded.items():
             count = max(1, _STACK_NBYTES // document.cell_nbytes)
             for i in range(0, len(cells), count):
-                self._read_encoded(document, cells[i : i + count])
+                self._decode(document, cells[i : i + count])
+        for _, _, out in requests:
+            canonicalise(out)
 
     def _stored(self, name: str, index: Index) -> tuple[Document, Value | None]:
         listing = self._listed()
         prefix = key_prefix(name)
         document = listing.documents.get(prefix)
         if document is None:
-            raise errors.NotFoundError(errno.ENOENT, f"there is no array {name!r} in the database", self._location.url)
-        return document, listing.values.get((prefix + document.chunk_key(index)).encode())
+            raise errors.NotFoundError(errno.ENOENT, f"there is no array {name!r} here", self._location.url)
+        value = listing.values.get((prefix + document.chunk_key(index)).encode())
+        least, most = document.stored_nbytes
+        if value is not None and not least <= nbytes_of(value) <= most:
+            raise self._corrupt(
+                name, index, f"has {nbytes_of(value)} bytes, expected {least if least == most else (least, most)}"
+            )
+        return document, value
 
     def _fill(self, name: str, index: Index, document: Document, out: Array) -> None:
         if not self._absent_is_fill(document):
-            what = f"chunk {index} of array {name!r} is missing from the database; restore another checkpoint"
+            what = f"chunk {index} of array {name!r} is missing; restore another checkpoint"
             raise errors.NotFoundError(errno.ENOENT, what, self._location.url)
         try:
             out[...] = fill_value(document)
@@ -202,48 +213,27 @@ class OcdbtReader(Reader):
             what = f"the fill value {document.fill!r} of array {name!r} does not suit it"
             raise errors.FormatError(f"{self._location.url}: {what}: {error}") from error
 
-    def _read_raw(self, cells: Sequence[_Cell]) -> None:
-        """Reads straight into `out` where it is the cell's beginning, else the cell first."""
-        wanted: list[tuple[Value, Array]] = []
-        parts: list[tuple[_Cell, Array]] = []
-        for cell in cells:
-            document, out = cell.document, cell.out
-            if nbytes_of(cell.value) != document.cell_nbytes:
-                raise self._corrupt(cell, f"has {nbytes_of(cell.value)} bytes, expected {document.cell_nbytes}")
-            whole = out
-            if out.shape != document.chunk_shape and out.shape[1:] != document.chunk_shape[1:]:
-                whole = np.empty(document.chunk_shape, document.dtype)
-                parts.append((cell, whole))
-            wanted.append((cell.value, whole.reshape(-1).view(np.uint8)))
-        self._values.read_into(wanted)
-        for cell, whole in parts:
-            cell.out[...] = whole[tuple(map(slice, cell.out.shape))]
-        for cell in cells:
-            canonicalise(cell.out)
-
-    def _read_encoded(self, document: Document, cells: Sequence[_Cell]) -> None:
-        for cell in cells:
-            if nbytes_of(cell.value) < document.least_chunk_nbytes:
-                raise self._corrupt(cell, f"has {nbytes_of(cell.value)} bytes, expected {document.least_chunk_nbytes} at least")
+    def _decode(self, document: Document, cells: Sequence[_Cell]) -> None:
         encoded = self._values.read([cell.value for cell in cells])
         try:
             decode(document, encoded, [cell.out for cell in cells])
         except MemoryError as error:
-            raise errors.StorageError(errno.ENOMEM, f"no memory to decode {self._what(cells[0])}", self._location.url) from error
+            what = f"no memory for {document.cell_nbytes} bytes of array {cells[0].name!r}"
+            raise errors.StorageError(errno.ENOMEM, what, self._location.url) from error
         except Exception as error:
             if len(cells) == 1:
-                raise self._corrupt(cells[0], f"cannot be decoded: {error}") from error
+                raise self._corrupt(cells[0].name, cells[0].index, f"cannot be decoded: {error}") from error
             for cell in cells:  # one by one, so that the error names the right one
-                self._read_encoded(document, [cell])
-            return
-        for cell in cells:
-            canonicalise(cell.out)
+                self._decode(document, [cell])
 
-    def _what(self, cell: _Cell) -> str:
-        return f"chunk {cell.index} of array {cell.name!r}"
+    def _corrupt(self, name: str, index: Index, what: str) -> errors.CorruptCheckpointError:
+        where = f"{self._location.url}: chunk {index} of array {name!r}"
+        return errors.CorruptCheckpointError(f"{where} {what}; restore another checkpoint.")
 
-    def _corrupt(self, cell: _Cell, what: str) -> errors.CorruptCheckpointError:
-        return errors.CorruptCheckpointError(f"{self._location.url}: {self._what(cell)} {what}; restore another checkpoint.")
+
+def _lies_as_stored(out: Array, document: Document) -> bool:
+    """Whether the bytes of `out` are the first bytes of the stored chunk."""
+    return document.raw and out.shape[1:] == document.chunk_shape[1:] and out.nbytes <= document.cell_nbytes
 
 
 def _name(prefix: str) -> str:
@@ -260,26 +250,3 @@ def _batches(requests: Sequence[Request]) -> Iterator[Sequence[Request]]:
             begin, nbytes = end, 0
     if begin < len(requests):
         yield requests[begin:]
-
-
-def _joined(parts: Sequence[Future[None]]) -> Future[None]:
-    """Done when all parts are, since until then they write to the caller's memory; raises what the first of them raised."""
-    done: Future[None] = Future()
-    done.set_running_or_notify_cancel()
-    pending = len(parts)
-    lock = threading.Lock()
-
-    def finish(part: Future[None]) -> None:
-        nonlocal pending
-        with lock:
-            pending -= 1
-            if pending:
-                return
-        error = next((e for e in (p.exception() for p in parts) if e is not None), None)
-        done.set_result(None) if error is None else done.set_exception(error)
-
-    for part in parts:
-        part.add_done_callback(finish)
-    if not parts:
-        done.set_result(None)
-    return done

@@ -1,0 +1,131 @@
+"""What is stored under each key, as backends and their common reader see it: the bytes themselves, or a place in a file."""
+
+from __future__ import annotations
+
+import abc
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from ckptkit import errors
+from ckptkit.location import mapped_os_errors
+
+__all__ = ["Bytes", "Extent", "Value", "Values", "cut_off", "key_prefix", "nbytes_of", "read_files"]
+
+Bytes = npt.NDArray[np.uint8]
+
+_MAX_BUFFERS_PER_READ = 1024  # IOV_MAX on Linux and macOS
+
+
+def key_prefix(name: str) -> str:
+    """What the keys of an array's document and chunks begin with: its name as a directory, by TensorStore's rule."""
+    if name in ("", "/"):
+        return ""
+    return name if name.endswith("/") else f"{name}/"
+
+
+class Extent(NamedTuple):
+    """A value that lies in a file.
+
+    Attributes:
+      path: of the file, below the directory.
+      offset, nbytes: its place there.
+      reference: the same as TensorStore writes it, in an OCDBT database; else empty.
+    """
+
+    path: str
+    offset: int
+    nbytes: int
+    reference: str = ""
+
+
+Value = bytes | Extent
+"""The value itself where whatever lists the keys holds it, else where it is."""
+
+
+def nbytes_of(value: Value) -> int:
+    """Stored bytes of a value."""
+    return value.nbytes if isinstance(value, Extent) else len(value)
+
+
+class Values(abc.ABC):
+    """What a directory holds."""
+
+    @abc.abstractmethod
+    def entries(self) -> Mapping[bytes, Value]:
+        """Every key with its value, in the order of keys.
+
+        Raises:
+          errors.NotFoundError: a required file is missing.
+          errors.CorruptCheckpointError: a file is damaged.
+          errors.FormatError: a name leads out of the directory, or to what is no file.
+        """
+
+    @abc.abstractmethod
+    def read_into(self, wanted: Iterable[tuple[Value, Bytes]]) -> None:
+        """Fills each buffer with the first bytes of its value.
+
+        Raises:
+          errors.NotFoundError, errors.StorageError, errors.CorruptCheckpointError: a file is missing, unreadable, too short.
+        """
+
+    def read(self, values: Sequence[Value], limit: int = sys.maxsize) -> list[bytes]:
+        """Of each value the first `limit` bytes; raises what `read_into` raises."""
+        extents = [(v, np.empty(min(limit, v.nbytes), np.uint8)) for v in values if isinstance(v, Extent)]
+        self.read_into(extents)
+        buffers = (buffer.tobytes() for _, buffer in extents)
+        return [next(buffers) if isinstance(value, Extent) else value[:limit] for value in values]
+
+
+def read_files(directory: str, wanted: Iterable[tuple[Extent, Bytes]]) -> None:
+    """Fills each buffer with the first bytes of its extent; raises what `Values.read_into` raises."""
+    by_path: dict[str, list[tuple[int, Bytes]]] = {}
+    for extent, buffer in wanted:
+        if buffer.size:
+            by_path.setdefault(extent.path, []).append((extent.offset, buffer))
+    for path, places in by_path.items():
+        full = os.path.join(directory, path)
+        with mapped_os_errors(full, "read"), open(full, "rb", buffering=0) as file:
+            for offset, buffers in _runs(sorted(places, key=lambda place: place[0])):
+                _preadv(file.fileno(), buffers, offset, full)
+
+
+def _runs(places: Sequence[tuple[int, Bytes]]) -> Iterator[tuple[int, list[Bytes]]]:
+    """Buffers whose places in the file follow on each other, together: 10,000 reads of 1 KB become 10."""
+    run: list[Bytes] = []
+    start = end = -1
+    for offset, buffer in places:
+        if offset != end or len(run) == _MAX_BUFFERS_PER_READ:
+            if run:
+                yield start, run
+            run, start, end = [], offset, offset
+        run.append(buffer)
+        end += buffer.size
+    if run:
+        yield start, run
+
+
+def _preadv(descriptor: int, buffers: list[Bytes], offset: int, path: str) -> None:
+    """Fills the buffers from `offset` on; the kernel may stop early, and does at 2 GiB."""
+    first = 0
+    while first < len(buffers):
+        count = os.preadv(descriptor, cast("list[Any]", buffers[first:]), offset)
+        if count == 0:
+            raise cut_off(path, offset, offset + sum(buffer.size for buffer in buffers[first:]))
+        offset += count
+        while first < len(buffers) and count >= buffers[first].size:
+            count -= buffers[first].size
+            first += 1
+        if count:
+            buffers[first] = buffers[first][count:]
+
+
+def cut_off(path: str, size: int, end: int) -> errors.CorruptCheckpointError:
+    """The error for a file that ends too early."""
+    return errors.CorruptCheckpointError(
+        f"{path}: the file ends at byte {size}, {end} are needed: it was cut off; restore another checkpoint."
+    )

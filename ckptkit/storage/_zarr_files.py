@@ -1,0 +1,152 @@
+"""Zarr arrays as directories of files: an array named `a/b` has its document at `a/b/.zarray` and its chunks beside it.
+
+A directory may come from a stranger: nothing is read through a link that leads out of it, or from what is no regular file.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, Final
+
+from ckptkit import errors
+from ckptkit._threads import Workers
+from ckptkit.location import mapped_os_errors
+from ckptkit.storage._futures import joined
+from ckptkit.storage._values import Bytes, Extent, Value, Values, key_prefix, read_files
+from ckptkit.storage._zarr_cells import stored_cell
+from ckptkit.storage.base import ArraySpec, Chunk, Writer
+from ckptkit.storage.zarr_documents import DOCUMENT_NAMES, Document, Version, documented
+
+__all__ = ["FileValues", "FileWriter", "holds_document"]
+
+# One task for a thread.
+_BATCH_NBYTES: Final = 8 << 20
+_BATCH_FILES: Final = 256
+
+
+class FileValues(Values):
+    """The files below a directory; their keys are their paths."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+
+    def entries(self) -> Mapping[bytes, Value]:
+        with mapped_os_errors(self._directory, "list"):
+            found = {os.fsencode(path): Extent(path, 0, self._size(entry)) for path, entry in _files(self._directory)}
+        return dict(sorted(found.items()))
+
+    def read_into(self, wanted: Iterable[tuple[Value, Bytes]]) -> None:
+        read_files(self._directory, ((value, buffer) for value, buffer in wanted if isinstance(value, Extent)))
+
+    def _size(self, entry: os.DirEntry[str]) -> int:
+        """Bytes of a regular file, which lies below the directory itself where the entry is a link."""
+        if entry.is_symlink() and not os.path.realpath(entry.path).startswith(os.path.realpath(self._directory) + os.sep):
+            raise errors.FormatError(f"{entry.path}: the link leads out of {self._directory}; copy the file in its place.")
+        status = entry.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise errors.FormatError(f"{entry.path}: expected a regular file, or a directory that is no link.")
+        return status.st_size
+
+
+def holds_document(directory: str) -> bool:
+    """Whether there is an array's document anywhere below a directory; False where there is no directory."""
+    try:
+        return any(entry.name in DOCUMENT_NAMES.values() for _, entry in _files(directory))
+    except OSError:
+        return False
+
+
+def _files(directory: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Whatever lies below a directory and is no directory, with its path there; links are not followed."""
+    pending = [""]
+    while pending:
+        prefix = pending.pop()
+        with os.scandir(os.path.join(directory, prefix)) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(f"{prefix}{entry.name}/")
+                else:
+                    yield prefix + entry.name, entry
+
+
+class FileWriter(Writer):
+    """Writes files in threads of its own. Syncing them is left to the commit, which syncs every file of a checkpoint.
+
+    A write that fails raises `errors.StorageError` from its future, from the next call, and at the latest from `commit`.
+    """
+
+    def __init__(self, directory: str, arrays: Sequence[ArraySpec], version: Version) -> None:
+        self._directory = directory
+        self._pool = Workers(min(4, os.cpu_count() or 1), "ckptkit-write-files")
+        self._documents: dict[str, Document] = {}
+        files: list[tuple[str, Any]] = []
+        for array, document, data in documented(arrays, version):
+            self._documents[array.name] = document
+            files.append((key_prefix(array.name) + DOCUMENT_NAMES[version], data))
+        batches = [files[i : i + _BATCH_FILES] for i in range(0, len(files), _BATCH_FILES)]
+        self._writing = [self._pool.submit(self._write_documents, batch) for batch in batches]
+
+    def write(self, chunks: Sequence[Chunk]) -> Future[None]:
+        self._raise_what_failed()
+        parts = [self._pool.submit(self._write_chunks, batch) for batch in _batches(chunks)]
+        self._writing += parts
+        return joined(parts)
+
+    def commit(self) -> None:
+        joined(self._writing).result()
+        self._pool.close()
+
+    def abort(self) -> None:
+        self._pool.close(cancel=True)
+
+    def _raise_what_failed(self) -> None:
+        for part in self._writing:
+            if part.done():
+                part.result()
+        self._writing = [part for part in self._writing if not part.done()]
+
+    def _write_documents(self, files: Sequence[tuple[str, bytes]]) -> None:
+        for key, data in files:
+            _create(os.path.join(self._directory, key), data)
+
+    def _write_chunks(self, chunks: list[Chunk]) -> None:
+        while chunks:  # emptied, so that nothing refers to the data any more when the future is done
+            chunk = chunks.pop()
+            document = self._documents[chunk.array.name]
+            path = os.path.join(self._directory, key_prefix(chunk.array.name) + document.chunk_key(chunk.index))
+            _create(path, stored_cell(chunk.data, document).reshape(-1).view("u1"))
+
+
+def _create(path: str, data: Any) -> None:
+    """Makes a file, and the directories above it.
+
+    Raises:
+      errors.StorageError: it is there already, or cannot be written.
+    """
+    with mapped_os_errors(path, "write"):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        try:
+            with open(path, "xb", buffering=0) as file:
+                rest = memoryview(data)
+                while rest:
+                    rest = rest[file.write(rest) :]
+        except FileExistsError as error:
+            what = "two arrays would have this file, since the file system does not tell their names apart; rename one of them"
+            raise errors.StorageError(errno.EEXIST, what, path) from error
+
+
+def _batches(chunks: Sequence[Chunk]) -> Iterator[list[Chunk]]:
+    batch: list[Chunk] = []
+    nbytes = 0
+    for chunk in chunks:
+        batch.append(chunk)
+        nbytes += chunk.data.nbytes
+        if nbytes >= _BATCH_NBYTES or len(batch) == _BATCH_FILES:
+            yield batch
+            batch, nbytes = [], 0
+    if batch:
+        yield batch
