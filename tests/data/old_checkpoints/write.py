@@ -1,9 +1,12 @@
 """Writes the checkpoints that an installed release of orbax-checkpoint can write, and says what is in them.
 
-    python write.py OUT.zip
+    pip install "orbax-checkpoint==0.2.7" "jax==0.4.13" "jaxlib==0.4.13" "tensorstore<0.1.46" "flax<0.7.3" "ml_dtypes<0.3" \\
+        "scipy<1.13" "numpy<2"
+    python write.py 0.2.7.zip
 
-runs with any release from 0.2 on, in an environment of its own. OUT.zip holds one directory for each kind of checkpoint
-(a kind that the release cannot write is left out, and why is told) and `expected.json`, which describes every value saved.
+runs with any release from 0.2.3 on, in an environment of its own with the packages of its day (those before need an older jax
+than Python 3.11 can have). The archive holds one directory for each kind of checkpoint (a kind that the release cannot write
+is left out, and why is told) and `expected.json`, which describes every value saved and names the versions that wrote it.
 """
 
 from __future__ import annotations
@@ -140,14 +143,35 @@ def standard(path):
 def array(path):
     value = jnp.arange(6, dtype=jnp.float32).reshape(2, 3)
     ocp.Checkpointer(ocp.ArrayCheckpointHandler()).save(path, value)
-    return {"checkpoint": value}
+    return value
 
 
 @kind
 def array_aggregate(path):
     value = np.arange(6, dtype=np.float32).reshape(2, 3)
     ocp.Checkpointer(ocp.ArrayCheckpointHandler()).save(path, value, save_args=ocp.SaveArgs(aggregate=True))
-    return {"ELEMENT": value}
+    return value
+
+
+@kind
+def jax_random_key(path):
+    key = jax.random.PRNGKey(7)
+    ocp.Checkpointer(ocp.JaxRandomKeyCheckpointHandler()).save(path, args=ocp.args.JaxRandomKeySave(key))
+    return key
+
+
+@kind
+def jax_random_key_typed(path):
+    key = jax.random.key(7)
+    ocp.Checkpointer(ocp.JaxRandomKeyCheckpointHandler()).save(path, args=ocp.args.JaxRandomKeySave(key))
+    return jax.random.key_data(key)
+
+
+@kind
+def numpy_random_key(path):
+    state = np.random.RandomState(7).get_state()
+    ocp.Checkpointer(ocp.NumpyRandomKeyCheckpointHandler()).save(path, args=ocp.args.NumpyRandomKeySave(state))
+    return list(state)
 
 
 @kind
