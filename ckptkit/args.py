@@ -16,13 +16,25 @@ if TYPE_CHECKING:
     from ckptkit.registry import Registry
 
 __all__ = [
+    "ArrayRestore",
+    "ArrayRestoreArgs",
+    "ArraySave",
+    "ArraySaveArgs",
     "CheckpointArgs",
     "Composite",
     "CompositeArgs",
+    "JaxRandomKeyRestore",
+    "JaxRandomKeyRestoreArgs",
+    "JaxRandomKeySave",
+    "JaxRandomKeySaveArgs",
     "JsonRestore",
     "JsonRestoreArgs",
     "JsonSave",
     "JsonSaveArgs",
+    "NumpyRandomKeyRestore",
+    "NumpyRandomKeyRestoreArgs",
+    "NumpyRandomKeySave",
+    "NumpyRandomKeySaveArgs",
     "PyTreeRestore",
     "PyTreeRestoreArgs",
     "PyTreeSave",
@@ -216,6 +228,72 @@ class JsonRestore(CheckpointArgs):
     item: Any = None
 
 
+@attrs.define(eq=False)
+class ArraySave(CheckpointArgs):
+    """Saves one array or number.
+
+    Attributes:
+      item: a jax.Array, an np.ndarray, or a number.
+      save_args: a `SaveArgs`, or None for the defaults.
+    """
+
+    item: Any = attrs.field(repr=_kind)
+    save_args: Any = None
+
+
+@attrs.define(eq=False)
+class ArrayRestore(CheckpointArgs):
+    """Restores one array or number.
+
+    Attributes:
+      item: kept for Orbax's callers; not used.
+      restore_args: a `RestoreArgs` or `ArrayRestoreArgs`; None: as saved.
+    """
+
+    item: Any = attrs.field(default=None, repr=_kind)
+    restore_args: Any = None
+
+
+@attrs.define(eq=False)
+class JaxRandomKeySave(CheckpointArgs):
+    """Saves a PRNG key of JAX, or an array of them.
+
+    Attributes:
+      item: a typed key of any implementation, or a raw uint32 one.
+      save_args: a `SaveArgs`, or None for the defaults.
+    """
+
+    item: Any
+    save_args: Any = None
+
+
+@attrs.define(eq=False)
+class JaxRandomKeyRestore(CheckpointArgs):
+    """Restores a PRNG key of JAX.
+
+    Attributes:
+      restore_args: a `RestoreArgs` or `ArrayRestoreArgs` for the key's data; None: as saved.
+    """
+
+    restore_args: Any = None
+
+
+@attrs.define(eq=False)
+class NumpyRandomKeySave(CheckpointArgs):
+    """Saves random state of NumPy.
+
+    Attributes:
+      item: what `np.random.get_state()` returns, in either form, a `Generator`, a `BitGenerator`, or its `state`.
+    """
+
+    item: Any = attrs.field(repr=_kind)
+
+
+@attrs.define(eq=False)
+class NumpyRandomKeyRestore(CheckpointArgs):
+    """Restores what `NumpyRandomKeySave` saved: a tuple, a dict, a `Generator` or a `BitGenerator`."""
+
+
 class Composite(CheckpointArgs, Mapping[str, Any]):
     """Several items by name: args when given to save or restore, results when restored. A read-only mapping with attributes.
 
@@ -273,9 +351,15 @@ def check_item_name(name: str) -> None:
         )
 
 
+ArrayRestoreArgs = ArrayRestore
+ArraySaveArgs = ArraySave
 CompositeArgs = Composite
+JaxRandomKeyRestoreArgs = JaxRandomKeyRestore
+JaxRandomKeySaveArgs = JaxRandomKeySave
 JsonRestoreArgs = JsonRestore
 JsonSaveArgs = JsonSave
+NumpyRandomKeyRestoreArgs = NumpyRandomKeyRestore
+NumpyRandomKeySaveArgs = NumpyRandomKeySave
 PyTreeRestoreArgs = PyTreeRestore
 PyTreeSaveArgs = PyTreeSave
 StandardRestoreArgs = StandardRestore

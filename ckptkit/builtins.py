@@ -9,9 +9,11 @@ import jax
 import numpy as np
 
 from ckptkit import args, errors
+from ckptkit.handlers.array import ArrayCheckpointHandler
 from ckptkit.handlers.composite import CompositeCheckpointHandler
 from ckptkit.handlers.json import JsonCheckpointHandler
 from ckptkit.handlers.pytree import PyTreeCheckpointHandler
+from ckptkit.handlers.random_key import JaxRandomKeyCheckpointHandler, NumpyRandomKeyCheckpointHandler
 from ckptkit.handlers.standard import StandardCheckpointHandler
 from ckptkit.hookspecs import hookimpl
 from ckptkit.leaves.jax_array import JaxArrayHandler
@@ -19,7 +21,9 @@ from ckptkit.leaves.numpy import NumpyHandler
 from ckptkit.leaves.scalar import ScalarHandler
 from ckptkit.leaves.string import StringHandler
 from ckptkit.location import FileLocation
+from ckptkit.metadata.values import ArrayMetadata, ScalarMetadata, StringMetadata
 from ckptkit.storage.ocdbt import OcdbtBackend
+from ckptkit.storage.zarr import ZarrBackend
 
 if TYPE_CHECKING:
     from ckptkit.registry import Registry
@@ -29,20 +33,27 @@ __all__ = ["ckptkit_register"]
 
 @hookimpl
 def ckptkit_register(registry: Registry) -> None:
-    """Binds args to handlers, leaf types to type handlers, and names the backend and the scheme."""
+    """Binds args to handlers, leaf types to type handlers, and names the backends and the scheme."""
     registry.add_args(args.StandardSave, StandardCheckpointHandler, for_save=True)
     registry.add_args(args.StandardRestore, StandardCheckpointHandler, for_restore=True)
     registry.add_args(args.PyTreeSave, PyTreeCheckpointHandler, for_save=True)
     registry.add_args(args.PyTreeRestore, PyTreeCheckpointHandler, for_restore=True)
     registry.add_args(args.JsonSave, JsonCheckpointHandler, for_save=True)
     registry.add_args(args.JsonRestore, JsonCheckpointHandler, for_restore=True)
+    registry.add_args(args.ArraySave, ArrayCheckpointHandler, for_save=True)
+    registry.add_args(args.ArrayRestore, ArrayCheckpointHandler, for_restore=True)
+    registry.add_args(args.JaxRandomKeySave, JaxRandomKeyCheckpointHandler, for_save=True)
+    registry.add_args(args.JaxRandomKeyRestore, JaxRandomKeyCheckpointHandler, for_restore=True)
+    registry.add_args(args.NumpyRandomKeySave, NumpyRandomKeyCheckpointHandler, for_save=True)
+    registry.add_args(args.NumpyRandomKeyRestore, NumpyRandomKeyCheckpointHandler, for_restore=True)
     registry.add_args(args.Composite, CompositeCheckpointHandler, for_save=True, for_restore=True)
-    # Abstract arrays are targets, and tracers get an error of their own; neither can be saved.
-    registry.add_type_handler(JaxArrayHandler(), (jax.Array, jax.ShapeDtypeStruct, jax.core.Tracer))
+    # Abstract arrays and metadata are targets, and tracers get an error of their own; none of them can be saved.
+    registry.add_type_handler(JaxArrayHandler(), (jax.Array, jax.ShapeDtypeStruct, ArrayMetadata, jax.core.Tracer))
     registry.add_type_handler(NumpyHandler(), np.ndarray)
-    registry.add_type_handler(ScalarHandler(), (int, float, bool, np.generic))
-    registry.add_type_handler(StringHandler(), str)
+    registry.add_type_handler(ScalarHandler(), (int, float, bool, complex, np.generic, ScalarMetadata))
+    registry.add_type_handler(StringHandler(), (str, StringMetadata))
     registry.add_storage(OcdbtBackend())
+    registry.add_storage(ZarrBackend())
     registry.add_scheme("file", _file_location)
 
 

@@ -77,7 +77,7 @@ class Checkpointer:
         self._registry = registry
         self._multiprocessing_options = multiprocessing_options or MultiprocessingOptions()
         self._file_options = file_options or FileOptions()
-        self._notifier = discovery.Notifier(registry, observers)
+        self._notifier = discovery.notifier(registry, observers)
         self._closed = False
         if handler is not None and handler.registry is None:
             handler.registry = registry

@@ -6,6 +6,7 @@ from typing import Any
 
 from ckptkit import args as args_lib
 from ckptkit import commit, errors
+from ckptkit.handlers._stored import args_for_files, item_folders
 from ckptkit.handlers.base import CheckpointHandler
 from ckptkit.location import FileLocation, Location
 from ckptkit.metadata.step import STEP_FILE, StepMetadata, decode_step
@@ -75,12 +76,11 @@ def stored_handler(registry: Registry, location: Location, own: Registry | None 
         return make_handler(registry.handler_for_typestr(recorded), own)
     if isinstance(recorded, dict):
         return make_handler(registry.handler_for_args(args_lib.Composite, use="restore"), own)
-    if location.exists(TREE_FILE):
-        return make_handler(registry.handler_for_args(args_lib.PyTreeRestore, use="restore"), own)
-    names = location.names()
-    if any(is_directory and location.child(name).exists(TREE_FILE) for name, is_directory in names.items()):
+    if (args_class := args_for_files(location, registry)) is not None:
+        return make_handler(registry.handler_for_args(args_class, use="restore"), own)
+    if item_folders(location, registry):
         return make_handler(registry.handler_for_args(args_lib.Composite, use="restore"), own)
-    listed = ", ".join(sorted(names)) or "nothing"
+    listed = ", ".join(sorted(location.names())) or "nothing"
     raise errors.FormatError(
         f"{location.url} is no checkpoint: neither it nor a directory in it holds {TREE_FILE}. It holds: {listed}."
     )

@@ -9,7 +9,7 @@ import attrs
 
 from ckptkit import errors
 
-__all__ = ["AsyncOptions", "FileOptions", "MultiprocessingOptions", "RestoreDefaults", "StorageOptions"]
+__all__ = ["AsyncOptions", "FileOptions", "MultiprocessingOptions", "PyTreeMetadataOptions", "RestoreDefaults", "StorageOptions"]
 
 MAX_CHUNK_BYTE_SIZE = 32 << 20
 """Chunks are no larger than this unless `SaveArgs.chunk_byte_size` says otherwise: reading, checksumming and transfer overlap."""
@@ -66,6 +66,18 @@ class FileOptions:
     """
 
     path_permission_mode: int | None = attrs.field(default=None, validator=_permission_bits)
+
+
+@attrs.frozen(kw_only=True)
+class PyTreeMetadataOptions:
+    """What is recorded about the containers of a tree.
+
+    Attributes:
+      support_rich_types: tuples and named tuples are recorded on save, and on restore without a target come back as such: a
+        named tuple as one of a class made for it. False makes them lists and dicts.
+    """
+
+    support_rich_types: bool = False
 
 
 @attrs.frozen(kw_only=True)

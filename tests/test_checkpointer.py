@@ -371,3 +371,14 @@ def test_permission_bits_are_set(tmp_path: Path) -> None:
     options = ckptkit.options.FileOptions(path_permission_mode=0o750)
     ckptkit.Checkpointer(file_options=options).save(tmp_path / "c", args.StandardSave(TREE))
     assert {oct(d.stat().st_mode & 0o777) for d in [tmp_path / "c", tmp_path / "c" / "d"]} == {"0o750"}
+
+
+def test_bits_that_a_value_does_not_use_are_not_stored(tmp_path: Path) -> None:
+    tree = {
+        "bool": np.array([0, 1, 2, 255], np.uint8).view(bool),
+        "int4": np.array([0x0F, 0xFF, 0x10], np.uint8).view(ml_dtypes.int4),
+    }
+    ckptkit.save(tmp_path / "c", tree)
+    restored = ckptkit.restore(tmp_path / "c")
+    np.testing.assert_array_equal(restored["bool"], [False, True, True, True])
+    np.testing.assert_array_equal(restored["int4"].astype(int), tree["int4"].astype(int))

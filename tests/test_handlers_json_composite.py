@@ -42,12 +42,12 @@ VALUES = [{}, {"a": [1, 2.5, None, True], "b": {"c": "ä\ud800"}}, [1], "text", 
 
 @pytest.mark.parametrize("value", VALUES, ids=ascii)
 def test_json_comes_back(handler, directory, value):
-    handler.save(directory, args.JsonSave(value))
-    assert handler.restore(directory, args.JsonRestore()) == value
+    handler.save(directory, args=args.JsonSave(value))
+    assert handler.restore(directory, args=args.JsonRestore()) == value
 
 
 def test_tuples_come_back_as_lists(handler, directory):
-    handler.save(directory, args.JsonSave({"a": (1, (2,))}))
+    handler.save(directory, args=args.JsonSave({"a": (1, (2,))}))
     assert handler.restore(directory) == {"a": [1, [2]]}
 
 
@@ -57,7 +57,7 @@ def test_tuples_come_back_as_lists(handler, directory):
 )
 def test_what_json_cannot_hold_is_named_by_its_place(handler, directory, value, message):
     with pytest.raises(TypeError, match=message):
-        handler.save(directory, args.JsonSave(value))
+        handler.save(directory, args=args.JsonSave(value))
     assert list(directory.iterdir()) == []
 
 
@@ -77,7 +77,7 @@ def test_a_file_that_is_not_json_is_a_format_error(handler, directory, data):
 def test_the_file_name_can_be_chosen(registry, directory):
     handler = JsonCheckpointHandler("metrics")
     handler.registry = registry
-    handler.save(directory, args.JsonSave({"loss": 0.5}))
+    handler.save(directory, args=args.JsonSave({"loss": 0.5}))
     assert json.loads((directory / "metrics").read_text()) == {"loss": 0.5}
 
 
@@ -85,11 +85,11 @@ def test_a_file_name_that_leads_elsewhere_is_refused(registry, directory):
     handler = JsonCheckpointHandler("../metrics")
     handler.registry = registry
     with pytest.raises(errors.FormatError, match="does not stay inside"):
-        handler.save(directory, args.JsonSave({}))
+        handler.save(directory, args=args.JsonSave({}))
 
 
 def test_orbax_reads_our_json_and_we_read_orbaxs(handler, directory):
-    handler.save(directory, args.JsonSave({"a": [1, "ä"]}))
+    handler.save(directory, args=args.JsonSave({"a": [1, "ä"]}))
     assert ocp.JsonCheckpointHandler().restore(directory) == {"a": [1, "ä"]}
     ocp.JsonCheckpointHandler().save(directory, args=ocp.args.JsonSave({"b": 1.5}))
     assert handler.restore(directory) == {"b": 1.5}
@@ -156,13 +156,19 @@ def test_a_recorded_item_whose_folder_is_gone_is_damage(composite, saved):
         composite.restore(saved)
 
 
-def test_without_a_record_trees_are_found_by_their_files(composite, saved):
+def test_without_a_record_items_are_found_by_their_files(composite, saved):
     (saved / STEP_FILE).unlink()
     restored = composite.restore(saved)
-    assert list(restored) == ["state"]
+    assert sorted(restored) == ["note", "state"]
+    assert restored.note == {"x": 1}
+
+
+def test_without_a_record_an_item_that_no_file_tells_of_needs_args(composite, saved):
+    (saved / STEP_FILE).unlink()
+    (saved / "note" / "metadata").rename(saved / "note" / "other")
+    assert list(composite.restore(saved)) == ["state"]
     with pytest.raises(errors.FormatError, match=r"nothing tells how item 'note' was saved; .*Composite\(note=JsonRestore\(\)\)"):
         composite.restore(saved, args.Composite(note=None))
-    assert composite.restore(saved, args.Composite(note=args.JsonRestore())).note == {"x": 1}
 
 
 def test_an_item_of_an_unknown_handler_is_named(composite, saved):

@@ -13,12 +13,17 @@ import ckptkit
 ROOT = Path(__file__).parents[1]
 
 NAMES = {
-    "": """ArrayRestoreArgs AsyncCheckpointHandler AsyncCheckpointer CheckpointHandler Checkpointer CompositeCheckpointHandler
-        JsonCheckpointHandler PyTreeCheckpointHandler PyTreeCheckpointer Registry RestoreArgs SaveArgs StandardCheckpointHandler
-        StandardCheckpointer StorageBackend TypeHandler args default_registry errors handlers hookimpl hookspec hookspecs leaves
-        options progress reports restore save save_async storage""",
-    ".handlers": """AsyncCheckpointHandler CheckpointHandler CompositeCheckpointHandler JsonCheckpointHandler
-        PyTreeCheckpointHandler StandardCheckpointHandler""",
+    "": """ArrayCheckpointHandler ArrayRestoreArgs AsyncCheckpointHandler AsyncCheckpointer AsyncOptions CheckpointHandler
+        Checkpointer CompositeCheckpointHandler JaxRandomKeyCheckpointHandler JsonCheckpointHandler
+        NumpyRandomKeyCheckpointHandler PLACEHOLDER PyTreeCheckpointHandler PyTreeCheckpointer Registry RestoreArgs SaveArgs
+        StandardCheckpointHandler StandardCheckpointer StorageBackend TypeHandler args checkpoint_utils construct_restore_args
+        default_registry errors handlers hookimpl hookspec hookspecs leaves metadata options progress reports restore save
+        save_async storage type_handlers utils""",
+    ".handlers": """ArrayCheckpointHandler AsyncCheckpointHandler CheckpointHandler CompositeCheckpointHandler
+        JaxRandomKeyCheckpointHandler JsonCheckpointHandler NumpyRandomKeyCheckpointHandler PyTreeCheckpointHandler
+        StandardCheckpointHandler""",
+    ".metadata": """ArrayMetadata Metadata ScalarMetadata ShardingMetadata StepMetadata StorageMetadata StringMetadata
+        TreeMetadata""",
 }
 
 

@@ -2,23 +2,69 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Self
 
+from ckptkit import args as args_lib
 from ckptkit import errors
 from ckptkit.grid import Array, ArraySpec, Index
+from ckptkit.handlers._legacy import Aggregate, ArraysReader, document_of_names, read_aggregate
 from ckptkit.index import INDEX_FILE, IndexDocument, decode_index
 from ckptkit.leaves.base import LeafSpec, TypeHandler
 from ckptkit.location import Location
 from ckptkit.metadata import arrays as array_documents
 from ckptkit.metadata import sharding as sharding_documents
-from ckptkit.metadata.tree import TREE_FILE, Entry, TreeDocument, decode_tree
+from ckptkit.metadata.msgpack import AGGREGATE_FILE
+from ckptkit.metadata.tree import TREE_FILE, Entry, TreeDocument, decode_tree, is_empty_node
 from ckptkit.registry import Registry
-from ckptkit.storage.base import Reader
+from ckptkit.storage.base import Reader, StorageBackend
 
-__all__ = ["StoredTree"]
+__all__ = ["StoredTree", "args_for_files", "item_folders"]
+
+_JSON_FILE = "metadata"
+
+
+def args_for_files(location: Location, registry: Registry) -> type[args_lib.CheckpointArgs] | None:
+    """The args to restore a directory with, by the files in it, where nothing is recorded; None where they do not tell."""
+    if (marked := _args_for_marks(location)) is not None:
+        return marked
+    if any(_args_for_marks(location.child(name)) for name in _folders(location)):
+        return None  # a composite, whatever a backend finds in the items' folders
+    return args_lib.PyTreeRestore if _names_tell(location, registry) else None
+
+
+def item_folders(location: Location, registry: Registry) -> list[str]:
+    """The folders of a composite that hold an item, where nothing is recorded."""
+    return [name for name in _folders(location) if args_for_files(location.child(name), registry)]
+
+
+def _folders(location: Location) -> list[str]:
+    """The folders that may be items; those of an OCDBT database are none."""
+    return sorted(name for name, is_directory in location.names().items() if is_directory and not name.startswith("ocdbt."))
+
+
+def _args_for_marks(location: Location) -> type[args_lib.CheckpointArgs] | None:
+    """The args for a file that only one handler writes; an array's directory may have the same name."""
+    names = location.names()
+    if not (names.get(TREE_FILE, True) and names.get(AGGREGATE_FILE, True)):
+        return args_lib.PyTreeRestore
+    return None if names.get(_JSON_FILE, True) else args_lib.JsonRestore
+
+
+def _names_tell(location: Location, registry: Registry) -> bool:
+    """Whether there are arrays whose names alone make a tree."""
+    if (backend := _backend(location, registry)) is None:
+        return False
+    with contextlib.closing(backend.reader(location)) as reader:
+        return document_of_names(location, list(reader.arrays())) is not None
+
+
+def _backend(location: Location, registry: Registry) -> StorageBackend | None:
+    """The storage backend that recognises the arrays in a directory, if one does."""
+    return next((backend for backend in registry.storages() if backend.recognises(location)), None)
 
 
 class StoredTree:
@@ -26,7 +72,7 @@ class StoredTree:
 
     Attributes:
       location: the directory.
-      document: what `_METADATA` says.
+      document: what `_METADATA` says, or what stands in for it in older checkpoints.
       index: checksums and type strings; None where another program wrote the checkpoint.
       reader: gives the chunks.
     """
@@ -40,17 +86,20 @@ class StoredTree:
         """
         self.location = location
         self._registry = registry
-        if not location.exists(TREE_FILE):
-            raise errors.NotFoundError(
-                f"{location.url} holds no {TREE_FILE}, so it is not a saved tree. It holds: {_shown(location.names())}."
-            )
-        self.document: TreeDocument = decode_tree(location.read_bytes(TREE_FILE), f"{location.url}/{TREE_FILE}")
-        self.index = self._index()
-        self.reader: Reader = self._open() if any(map(_has_array, self.document.entries)) else _NoArrays()
+        self.index: IndexDocument | None = self._optional(INDEX_FILE, decode_index, None)
+        recorded: TreeDocument | None = self._optional(TREE_FILE, decode_tree, None)
+        needed = recorded is None or any(map(_is_aggregated, recorded.entries))
+        self._aggregate: Aggregate | None = read_aggregate(location) if needed else None
+        if recorded is None and self._aggregate is not None:
+            recorded = self._aggregate.document
+        self.reader: Reader = self._open() if recorded is None or any(map(_has_array, recorded.entries)) else _NoArrays()
+        if self._aggregate is not None:
+            self.reader = ArraysReader(self._aggregate.arrays, self.reader)
         try:
             self._arrays: Mapping[str, ArraySpec] = self.reader.arrays()
-            self._shardings = self._optional(sharding_documents.SHARDING_FILE, sharding_documents.decode_file)
-            self._strings = self._optional(array_documents.STRINGS_FILE, self._decode_strings)
+            self.document: TreeDocument = recorded or self._inferred()
+            self._shardings = self._optional(sharding_documents.SHARDING_FILE, sharding_documents.decode_file, {})
+            self._strings = self._optional(array_documents.STRINGS_FILE, self._decode_strings, {})
             self._records = self._array_records()
         except BaseException:
             self.close()
@@ -72,18 +121,16 @@ class StoredTree:
           errors.NotFoundError: its array is not on storage.
           errors.FormatError: it was written in a way that this version does not read.
         """
-        name = entry.name
         if entry.skip:
-            raise errors.FormatError(
-                f"{self._where(entry)} is kept in the file of an aggregate checkpoint, which this version does not read."
-            )
+            return entry.name, self._aggregated(entry)
+        name = entry.name if self._aggregate is None else self._aggregate.elsewhere.get(_path(entry), entry.name)
         typestr = entry.value_type if self.index is None else self.index.typestrs.get(name, entry.value_type)
         if name in self._strings:
             return name, LeafSpec(typestr, None, inline=self._strings[name])
         if (array := self._arrays.get(name)) is None:
             raise errors.NotFoundError(
-                f"{self._where(entry)} is listed in {TREE_FILE}, but no array {name!r} is on storage; the checkpoint is damaged, "
-                "or was not copied as a whole."
+                f"{self._where(entry)} is a leaf of the checkpoint, but no array {name!r} is on storage; the checkpoint is "
+                "damaged, or was not copied as a whole."
             )
         record = self._records.get(name)
         extra: Mapping[str, Any] = {"write_shape": entry.write_shape, **((record and record.ext_metadata) or {})}
@@ -91,8 +138,41 @@ class StoredTree:
             extra = self.index.extras[name]
         return name, LeafSpec(typestr, array, sharding=self._shardings.get(name), extra=extra)
 
+    def _aggregated(self, entry: Entry) -> LeafSpec:
+        """What is stored of a leaf that was saved with `SaveArgs(aggregate=True)`."""
+        path = _path(entry)
+        if self._aggregate is not None and path in self._aggregate.strings:
+            return LeafSpec(entry.value_type, None, inline=self._aggregate.strings[path])
+        array = None if self._aggregate is None else self._arrays.get(self._aggregate.array_name(path))
+        if array is None:
+            state = "is missing" if self._aggregate is None else "does not hold it"
+            raise errors.NotFoundError(
+                f"{self._where(entry)} was saved into the file {AGGREGATE_FILE!r}, which {state}; the checkpoint is damaged, or "
+                "was not copied as a whole."
+            )
+        return LeafSpec(entry.value_type, array)
+
+    def _inferred(self) -> TreeDocument:
+        """The tree that the names of the arrays tell of.
+
+        Raises:
+          errors.NotFoundError: they do not, since the writer had other files to tell of it.
+        """
+        document = None if self.index is not None else document_of_names(self.location, list(self._arrays))
+        if document is None:
+            raise self._no_tree()
+        return document
+
+    def _no_tree(self) -> errors.NotFoundError:
+        items = item_folders(self.location, self._registry)
+        hint = f" Items are restored with ckptkit.args.Composite({items[0]}=...)." if items else ""
+        held = _shown(self.location.names())
+        return errors.NotFoundError(
+            f"{self.location.url} holds no {TREE_FILE}, so it is not a saved tree. It holds: {held}.{hint}"
+        )
+
     def _where(self, entry: Entry) -> str:
-        return f"{self.location.url}: leaf {tuple(key.name for key in entry.keys)}"
+        return f"{self.location.url}: leaf {_path(entry)}"
 
     def type_handler(self, spec: LeafSpec) -> TypeHandler[Any]:
         """The type handler that wrote a leaf.
@@ -110,13 +190,8 @@ class StoredTree:
             )
         return handler
 
-    def _index(self) -> IndexDocument | None:
-        if not self.location.exists(INDEX_FILE):
-            return None
-        return decode_index(self.location.read_bytes(INDEX_FILE), f"{self.location.url}/{INDEX_FILE}")
-
     def _decode_strings(self, data: bytes, where: str) -> Mapping[str, str]:
-        names = [entry.name for entry in self.document.entries if entry.value_type == "string"]
+        names = [entry.name for entry in self.document.entries if entry.value_type == "string" and not entry.skip]
         return array_documents.decode_strings(data, names, where)
 
     def _array_records(self) -> Mapping[str, array_documents.ArrayRecord]:
@@ -128,20 +203,29 @@ class StoredTree:
         return records
 
     def _open(self) -> Reader:
-        for backend in self._registry.storages():
-            if backend.recognises(self.location):
-                return backend.reader(self.location)
+        if (backend := _backend(self.location, self._registry)) is not None:
+            return backend.reader(self.location)
+        if self._aggregate is None and not self.location.exists(TREE_FILE):
+            raise self._no_tree()
         known = ", ".join(repr(backend.name) for backend in self._registry.storages())
         raise errors.NotFoundError(
-            f"{self.location.url} has a {TREE_FILE}, but no array data that a storage backend recognises (known: {known}; "
-            f"OCDBT needs manifest.ocdbt). It holds: {_shown(self.location.names())}."
+            f"{self.location.url} lists the leaves of a tree, but has no array data that a storage backend recognises (known: "
+            f"{known}; OCDBT needs manifest.ocdbt). It holds: {_shown(self.location.names())}."
         )
 
-    def _optional(self, name: str, decode: Any) -> Mapping[str, Any]:
+    def _optional(self, name: str, decode: Any, missing: Any) -> Any:
+        """What a file says, or what its absence means."""
         if not self.location.exists(name):
-            return {}
-        decoded: Mapping[str, Any] = decode(self.location.read_bytes(name), f"{self.location.url}/{name}")
-        return decoded
+            return missing
+        return decode(self.location.read_bytes(name), f"{self.location.url}/{name}")
+
+
+def _path(entry: Entry) -> tuple[str, ...]:
+    return tuple([key.name for key in entry.keys])
+
+
+def _is_aggregated(entry: Entry) -> bool:
+    return entry.skip and not is_empty_node(entry)
 
 
 def _has_array(entry: Entry) -> bool:

@@ -10,17 +10,21 @@ import abc
 import asyncio
 import contextvars
 import threading
-from collections.abc import Coroutine
+import warnings
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from ckptkit import errors
 
 if TYPE_CHECKING:
     from etils import epath
 
     from ckptkit.registry import Registry
 
-__all__ = ["AsyncCheckpointHandler", "CheckpointHandler", "run_coroutine"]
+__all__ = ["AsyncCheckpointHandler", "CheckpointHandler", "folded_args", "run_coroutine"]
 
+A = TypeVar("A")
 T = TypeVar("T")
 
 
@@ -38,11 +42,11 @@ class CheckpointHandler(abc.ABC):
     further_typestrs: ClassVar[tuple[str, ...]] = ()
 
     @abc.abstractmethod
-    def save(self, directory: epath.Path, args: Any) -> None:
+    def save(self, directory: epath.Path, *, args: Any) -> None:
         """Writes into `directory`, which exists and is empty; complete when it returns."""
 
     @abc.abstractmethod
-    def restore(self, directory: epath.Path, args: Any) -> Any:
+    def restore(self, directory: epath.Path, *, args: Any) -> Any:
         """Reads what `save` wrote; changes nothing in `directory`."""
 
     def metadata(self, directory: epath.Path) -> Any:
@@ -69,7 +73,7 @@ class AsyncCheckpointHandler(CheckpointHandler):
     """A handler whose save returns before everything is written."""
 
     @abc.abstractmethod
-    async def async_save(self, directory: epath.Path, args: Any) -> list[Future[Any]] | None:
+    async def async_save(self, directory: epath.Path, *, args: Any) -> list[Future[Any]] | None:
         """Starts to write into `directory`.
 
         What must happen before the caller may change or donate its arrays happens before this returns.
@@ -78,9 +82,35 @@ class AsyncCheckpointHandler(CheckpointHandler):
           futures that are done when everything is written; None or an empty list when it already is.
         """
 
-    def save(self, directory: epath.Path, args: Any) -> None:
-        for future in run_coroutine(self.async_save(directory, args=args)) or ():
+    def save(self, directory: epath.Path, *args: Any, **kwargs: Any) -> None:
+        """Does what `async_save` does, and waits until it is done."""
+        for future in run_coroutine(self.async_save(directory, *args, **kwargs)) or ():
             future.result()
+
+
+def folded_args(args_class: Callable[..., A], args: A | None, **deprecated: Any) -> A:
+    """The args of a call to a handler: `args=`, or what the arguments say that Orbax had before it.
+
+    Args:
+      args_class: makes the args.
+      args: those given.
+      **deprecated: further arguments of the call, by the names of the fields of `args_class`; None where not given.
+
+    Raises:
+      errors.ArgsError: both kinds are given, or the args take the place of a deprecated argument.
+    """
+    given = [name for name, value in deprecated.items() if value is not None]
+    name = getattr(args_class, "__name__", repr(args_class))
+    if isinstance(args_class, type) and any(isinstance(value, args_class) for value in deprecated.values()):
+        raise errors.ArgsError(f"Make sure to specify kwarg name `args=` when providing `{name}` to a handler itself.")
+    if args is None:
+        if given:
+            message = f"{', '.join(given)} of a handler's save and restore are deprecated; pass args={name}(...)."
+            warnings.warn(message, DeprecationWarning, stacklevel=3)
+        return args_class(**deprecated)
+    if given:
+        raise errors.ArgsError(f"args={name}(...) already says everything; leave out {', '.join(given)}.")
+    return args
 
 
 def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from ckptkit import args as args_lib
 from ckptkit import discovery, errors
+from ckptkit.handlers._stored import args_for_files, item_folders
 from ckptkit.handlers.base import AsyncCheckpointHandler, CheckpointHandler
 from ckptkit.location import Location, mapped_os_errors
 from ckptkit.metadata.step import STEP_FILE, decode_step
-from ckptkit.metadata.tree import TREE_FILE
 
 if TYPE_CHECKING:
     from etils import epath
@@ -76,8 +76,9 @@ class CompositeCheckpointHandler(AsyncCheckpointHandler):
           errors.RegistryError: nothing registered reads an item.
           errors.FormatError: nothing tells how an item was saved.
         """
-        stored = _Stored(discovery.ready(self.registry).location(directory))
-        wanted: Mapping[str, Any] = stored.requested(args) if args else dict.fromkeys(stored.names())
+        registry = discovery.ready(self.registry)
+        stored = _Stored(registry.location(directory))
+        wanted: Mapping[str, Any] = stored.requested(args) if args else dict.fromkeys(stored.names(registry))
         ready = {name: self._ready(stored, name, item_args) for name, item_args in wanted.items()}
         restored = {}
         for name, (handler, item_args) in ready.items():
@@ -90,7 +91,7 @@ class CompositeCheckpointHandler(AsyncCheckpointHandler):
         registry = discovery.ready(self.registry)
         stored = _Stored(registry.location(directory))
         described: dict[str, Any] = {}
-        for name in stored.names():
+        for name in stored.names(registry):
             described[name] = None
             with _naming(name), contextlib.suppress(errors.RegistryError):
                 described[name] = self._handler_to_restore(registry, stored, name, None).metadata(directory / name)
@@ -145,8 +146,8 @@ class CompositeCheckpointHandler(AsyncCheckpointHandler):
             return self._make(name, registry.handler_for_args(args, use="restore"))
         if typestr := stored.typestrs.get(name):
             return self._make(name, registry.handler_for_typestr(typestr))
-        if stored.is_tree(name):
-            return self._make(name, registry.handler_for_args(args_lib.PyTreeRestore, use="restore"))
+        if (args_class := args_for_files(stored.location.child(name), registry)) is not None:
+            return self._make(name, registry.handler_for_args(args_class, use="restore"))
         raise errors.FormatError(
             f"{stored.location.url}: nothing tells how item {name!r} was saved; give its args: Composite({name}=JsonRestore())."
         )
@@ -180,19 +181,15 @@ class _Stored:
         self.typestrs = recorded or {}
         self.folders = sorted(name for name, is_directory in location.names().items() if is_directory)
 
-    def is_tree(self, name: str) -> bool:
-        """Whether the item is a saved tree."""
-        return self.location.child(name).exists(TREE_FILE)
-
-    def names(self) -> list[str]:
-        """The items: those recorded, else the folders that hold a saved tree.
+    def names(self, registry: Registry) -> list[str]:
+        """The items: those recorded, else the folders whose files tell what they are.
 
         Raises:
           errors.NotFoundError: the folder of a recorded item is gone.
         """
         if gone := sorted(set(self.typestrs) - set(self.folders)):
             raise errors.NotFoundError(f"{self.location.url} records items whose folders are gone: {', '.join(gone)}.")
-        return sorted(self.typestrs) or [name for name in self.folders if self.is_tree(name)]
+        return sorted(self.typestrs) or item_folders(self.location, registry)
 
     def requested(self, args: args_lib.Composite) -> args_lib.Composite:
         """The items that a restore asks for.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptkit import args as args_lib
 from ckptkit import discovery, errors
-from ckptkit.handlers.base import CheckpointHandler
+from ckptkit.handlers.base import CheckpointHandler, folded_args
 from ckptkit.metadata.json import checked_custom, dump_exact, load_exact
 
 if TYPE_CHECKING:
@@ -29,17 +29,18 @@ class JsonCheckpointHandler(CheckpointHandler):
     def typestr(cls) -> str:
         return "orbax.checkpoint._src.handlers.json_checkpoint_handler.JsonCheckpointHandler"
 
-    def save(self, directory: epath.Path, args: args_lib.JsonSave) -> None:
-        """Writes the file.
+    def save(self, directory: epath.Path, item: Any = None, args: args_lib.JsonSave | None = None) -> None:
+        """Writes the file. `item` is deprecated: `args` says the same.
 
         Raises:
           errors.ArgsTypeError: something inside the item that JSON cannot hold; names its place.
         """
+        args = folded_args(args_lib.JsonSave, args, item=item)
         data = dump_exact(checked_custom(args.item, "item"))
         discovery.ready(self.registry).location(directory).write_bytes(self._filename, data)
 
-    def restore(self, directory: epath.Path, args: args_lib.JsonRestore | None = None) -> Any:
-        """The value.
+    def restore(self, directory: epath.Path, item: Any = None, args: args_lib.JsonRestore | None = None) -> Any:
+        """The value. `item` and `args` say nothing of it.
 
         Raises:
           errors.NotFoundError: there is no such file.

@@ -13,15 +13,16 @@ from ckptkit import args as args_lib
 from ckptkit import discovery, errors, tree
 from ckptkit._gc import paused_gc
 from ckptkit.handlers._stored import StoredTree
-from ckptkit.handlers.base import AsyncCheckpointHandler
+from ckptkit.handlers.base import AsyncCheckpointHandler, folded_args
 from ckptkit.index import INDEX_FILE, IndexDocument, encode_index
 from ckptkit.leaves.base import ArrayRestoreArgs, LeafSpec, RestoreArgs, TypeHandler
 from ckptkit.metadata import arrays as array_documents
 from ckptkit.metadata import sharding as sharding_documents
 from ckptkit.metadata.json import checked_custom
+from ckptkit.metadata.rich import decode_rich, encode_rich
 from ckptkit.metadata.tree import TREE_FILE, Entry, Key, TreeDocument, encode_tree, is_empty_node, nest
 from ckptkit.metadata.values import ArrayMetadata, ScalarMetadata, StorageMetadata, StringMetadata, TreeMetadata
-from ckptkit.options import MultiprocessingOptions, RestoreDefaults, StorageOptions
+from ckptkit.options import MultiprocessingOptions, PyTreeMetadataOptions, RestoreDefaults, StorageOptions
 from ckptkit.pipeline.plan import PLAIN, LeafRules, SavePlan, plan_save
 from ckptkit.pipeline.restore import RestoreItem, restore_leaves
 from ckptkit.pipeline.save import start_save
@@ -46,6 +47,7 @@ class PyTreeCheckpointHandler(AsyncCheckpointHandler):
         save_concurrent_gb: float | None = None,
         restore_concurrent_gb: float | None = None,
         multiprocessing_options: MultiprocessingOptions | None = None,
+        pytree_metadata_options: PyTreeMetadataOptions | None = None,
         use_ocdbt: bool = True,
         use_zarr3: bool = False,
         storage: str | None = None,
@@ -57,6 +59,7 @@ class PyTreeCheckpointHandler(AsyncCheckpointHandler):
             where it is None.
           restore_concurrent_gb: bound of what is read ahead of what is assembled, in 10**9 bytes; 96 where it is None.
           multiprocessing_options: which processes take part.
+          pytree_metadata_options: whether tuples and named tuples come back as such where there is no target.
           use_ocdbt: False is short for `storage='zarr'`.
           use_zarr3: write zarr version 3 documents.
           storage: name of the storage backend; 'ocdbt' where it is None.
@@ -67,6 +70,7 @@ class PyTreeCheckpointHandler(AsyncCheckpointHandler):
         self._save_bytes = _bytes("save_concurrent_gb", save_concurrent_gb)
         self._restore_bytes = _bytes("restore_concurrent_gb", restore_concurrent_gb)
         self._multiprocessing_options = multiprocessing_options or MultiprocessingOptions()
+        self._rich = (pytree_metadata_options or PyTreeMetadataOptions()).support_rich_types
         self._storage = storage or ("ocdbt" if use_ocdbt else "zarr")
         self._use_zarr3 = use_zarr3
 
@@ -74,13 +78,15 @@ class PyTreeCheckpointHandler(AsyncCheckpointHandler):
     def typestr(cls) -> str:
         return "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
 
-    async def async_save(self, directory: epath.Path, args: args_lib.PyTreeSave) -> list[Future[Any]]:
-        """Stages the tree and starts to write it; see `start_save`.
+    async def async_save(
+        self, directory: epath.Path, item: Any = None, save_args: Any = None, args: args_lib.PyTreeSave | None = None
+    ) -> list[Future[Any]]:
+        """Stages the tree and starts to write it; see `start_save`. `item` and `save_args` are deprecated: `args` says the same.
 
         Raises:
           errors.TreeError: lists every leaf that cannot be saved; nothing was written.
         """
-        return self.start_save(directory, args)
+        return self.start_save(directory, folded_args(args_lib.PyTreeSave, args, item=item, save_args=save_args))
 
     @paused_gc()
     def start_save(self, directory: epath.Path, args: args_lib.PyTreeSave, rules: LeafRules = PLAIN) -> list[Future[Any]]:
@@ -93,18 +99,22 @@ class PyTreeCheckpointHandler(AsyncCheckpointHandler):
         )
 
         def documents(checksums: Mapping[str, list[str]]) -> Mapping[str, bytes]:
-            return _documents(plan, checksums, custom_metadata, registry)
+            return _documents(plan, checksums, custom_metadata, registry, rich=self._rich)
 
         return [start_save(plan, values, registry.location(directory), documents)]
 
-    def restore(self, directory: epath.Path, args: args_lib.PyTreeRestore | None = None) -> Any:
+    def restore(
+        self, directory: epath.Path, item: Any = None, restore_args: Any = None, args: args_lib.PyTreeRestore | None = None
+    ) -> Any:
         """The tree as saved, shaped like `args.item` if there is one; `args.restore_args` says how each leaf is restored.
+
+        `item` and `restore_args` are deprecated: `args` says the same.
 
         Raises:
           errors.TargetError: lists every disagreement between checkpoint and target.
           errors.CorruptCheckpointError: bytes differ from what was written.
         """
-        args = args or args_lib.PyTreeRestore()
+        args = folded_args(args_lib.PyTreeRestore, args, item=item, restore_args=restore_args)
         return self.restore_tree(
             directory,
             args.item,
@@ -137,7 +147,7 @@ class PyTreeCheckpointHandler(AsyncCheckpointHandler):
         registry = discovery.ready(self.registry)
         with StoredTree(registry.location(directory), registry) as stored:
             if target is None and restore_args is None:
-                return _restore_all(stored, defaults, self._restore_bytes)
+                return self._nested(stored, _restore_all(stored, defaults, self._restore_bytes))
             wanted = _Wanted(registry, stored, defaults, typed_by_target=typed_by_target)
             structure = wanted.match(target, restore_args, partial=partial)
             leaves = restore_leaves(wanted.items, stored.reader, stored.index, self._restore_bytes, stored.location.url)
@@ -152,7 +162,14 @@ class PyTreeCheckpointHandler(AsyncCheckpointHandler):
         with StoredTree(registry.location(directory), registry) as stored:
             entries = stored.document.entries
             values = [None if is_empty_node(entry) else _leaf_metadata(stored, entry, directory) for entry in entries]
-            return TreeMetadata(tree=nest(entries, values), custom_metadata=stored.document.custom_metadata)
+            return TreeMetadata(tree=self._nested(stored, values), custom_metadata=stored.document.custom_metadata)
+
+    def _nested(self, stored: StoredTree, values: Sequence[Any]) -> Any:
+        """The tree, of containers as they were recorded, with the value of each entry in its place."""
+        document = stored.document
+        if self._rich and document.value_metadata_tree is not None:
+            return decode_rich(document.value_metadata_tree, document.entries, values, f"{stored.location.url}/{TREE_FILE}")
+        return nest(document.entries, values)
 
 
 def _bytes(name: str, gigabytes: float | None) -> int:
@@ -162,7 +179,7 @@ def _bytes(name: str, gigabytes: float | None) -> int:
 
 
 def _documents(
-    plan: SavePlan, checksums: Mapping[str, list[str]], custom_metadata: Any, registry: Registry
+    plan: SavePlan, checksums: Mapping[str, list[str]], custom_metadata: Any, registry: Registry, *, rich: bool
 ) -> Mapping[str, bytes]:
     """Every small file of a saved tree; `_METADATA` last."""
     words = {group.handler.typestr: group.handler.orbax_typestr for group in plan.groups}
@@ -188,6 +205,7 @@ def _documents(
         use_zarr3=plan.options.use_zarr3,
         store_array_data_equal_to_fill_value=True,
         custom_metadata=custom_metadata,
+        value_metadata_tree=encode_rich(entries, structure.unflatten) if rich else None,
     )
     files = {INDEX_FILE: encode_index(index), sharding_documents.SHARDING_FILE: sharding_documents.encode_file(shardings)}
     if metadatas:
@@ -221,8 +239,8 @@ def _empty_word(node: Any) -> str:
     return "NamedTuple" if hasattr(node, "_fields") else "Tuple"
 
 
-def _restore_all(stored: StoredTree, defaults: RestoreDefaults, max_inflight_bytes: int) -> Any:
-    """Nested dicts and lists, every leaf as it was saved."""
+def _restore_all(stored: StoredTree, defaults: RestoreDefaults, max_inflight_bytes: int) -> list[Any]:
+    """For each entry the leaf as it was saved; None for an empty node."""
     entries = stored.document.entries
     items, positions = [], []
     for position, entry in enumerate(entries):
@@ -236,7 +254,7 @@ def _restore_all(stored: StoredTree, defaults: RestoreDefaults, max_inflight_byt
     leaves = restore_leaves(items, stored.reader, stored.index, max_inflight_bytes, stored.location.url)
     for position, leaf in zip(positions, leaves, strict=True):
         values[position] = leaf
-    return nest(entries, values)
+    return values
 
 
 class _Wanted:

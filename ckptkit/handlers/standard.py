@@ -11,10 +11,10 @@ import numpy as np
 
 from ckptkit import args as args_lib
 from ckptkit import errors, tree
-from ckptkit.handlers.base import AsyncCheckpointHandler
+from ckptkit.handlers.base import AsyncCheckpointHandler, folded_args
 from ckptkit.handlers.pytree import PyTreeCheckpointHandler
 from ckptkit.metadata.values import TreeMetadata
-from ckptkit.options import MultiprocessingOptions, RestoreDefaults
+from ckptkit.options import MultiprocessingOptions, PyTreeMetadataOptions, RestoreDefaults
 from ckptkit.pipeline.plan import LeafRules
 from ckptkit.registry import Registry
 
@@ -33,6 +33,7 @@ class StandardCheckpointHandler(AsyncCheckpointHandler):
         save_concurrent_gb: float = 96,
         restore_concurrent_gb: float = 96,
         multiprocessing_options: MultiprocessingOptions | None = None,
+        pytree_metadata_options: PyTreeMetadataOptions | None = None,
         use_ocdbt: bool = True,
         use_zarr3: bool = False,
         storage: str | None = None,
@@ -42,6 +43,7 @@ class StandardCheckpointHandler(AsyncCheckpointHandler):
             save_concurrent_gb=save_concurrent_gb,
             restore_concurrent_gb=restore_concurrent_gb,
             multiprocessing_options=multiprocessing_options,
+            pytree_metadata_options=pytree_metadata_options,
             use_ocdbt=use_ocdbt,
             use_zarr3=use_zarr3,
             storage=storage,
@@ -59,25 +61,30 @@ class StandardCheckpointHandler(AsyncCheckpointHandler):
     def typestr(cls) -> str:
         return "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler"
 
-    async def async_save(self, directory: epath.Path, args: args_lib.StandardSave) -> list[Future[Any]]:
-        """Stages the tree and starts to write it.
+    async def async_save(
+        self, directory: epath.Path, item: Any = None, save_args: Any = None, args: args_lib.StandardSave | None = None
+    ) -> list[Future[Any]]:
+        """Stages the tree and starts to write it. `item` and `save_args` are deprecated: `args` says the same.
 
         Raises:
           errors.TreeError: no tree, a tree without leaves, or leaves that cannot be saved, all of them listed.
         """
+        args = folded_args(args_lib.StandardSave, args, item=item, save_args=save_args)
         _check_tree(args.item)
         translated = args_lib.PyTreeSave(args.item, args.save_args, custom_metadata=args.custom_metadata)
         return self._pytree.start_save(directory, translated, _RULES)
 
-    def restore(self, directory: epath.Path, args: args_lib.StandardRestore | None = None) -> Any:
+    def restore(self, directory: epath.Path, item: Any = None, args: args_lib.StandardRestore | None = None) -> Any:
         """The tree, with the classes, types, dtypes and shardings of `args.item`, or as saved where there is none.
+
+        `item` is deprecated: `args` says the same.
 
         Raises:
           errors.TargetError: lists every disagreement between checkpoint and target.
           errors.TopologyError: the saved devices are not here, and nothing says where to put the arrays.
           errors.CorruptCheckpointError: bytes differ from what was written.
         """
-        args = args or args_lib.StandardRestore()
+        args = folded_args(args_lib.StandardRestore, args, item=item)
         defaults = RestoreDefaults(
             strict=args.strict,
             fallback_sharding=args.fallback_sharding,

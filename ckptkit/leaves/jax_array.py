@@ -19,6 +19,7 @@ from ckptkit.grid import Array, ArraySpec, Index, chunk_indices, fit_chunk_shape
 from ckptkit.leaves._requests import Wanted, clip, fit, resolve
 from ckptkit.leaves.base import ArrayRestoreArgs, Leaf, LeafSpec, Problem, RestoreArgs, SaveArgs, TypeHandler
 from ckptkit.metadata.sharding import ShardingMetadata, encode_sharding, to_jax
+from ckptkit.metadata.values import ArrayMetadata
 from ckptkit.options import MAX_CHUNK_BYTE_SIZE, RestoreDefaults
 
 if TYPE_CHECKING:
@@ -81,16 +82,15 @@ class JaxArrayHandler(TypeHandler[jax.Array]):
         return staged
 
     def request(self, target: Any, spec: LeafSpec, defaults: RestoreDefaults) -> RestoreArgs:
-        if target is None:
+        if target is None or (isinstance(target, ArrayMetadata) and _KEY_IMPL in spec.extra):  # it tells of the keys' data only
             return ArrayRestoreArgs(restore_type=jax.Array, strict=defaults.strict, defaults=defaults)
         sharding = target.sharding
         if isinstance(sharding, ShardingMetadata):  # what `metadata()` returned is a target too, on the saved sharding
             sharding = None
-        if defaults.support_layout:
+        if defaults.support_layout and sharding is not None:
             sharding = getattr(target, "format", None) or sharding
-        restore_type = np.ndarray if sharding is None and not spec.sharding and defaults.fallback_sharding is None else jax.Array
-        if isinstance(target, jax.Array):
-            restore_type = jax.Array
+        placed = sharding is not None or spec.sharding or (defaults.fallback_sharding and spec.typestr == self.typestr)
+        restore_type = jax.Array if placed or isinstance(target, jax.Array) else np.ndarray
         return ArrayRestoreArgs(
             restore_type=restore_type,
             dtype=target.dtype,

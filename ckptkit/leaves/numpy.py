@@ -46,10 +46,7 @@ class NumpyHandler(TypeHandler[Array]):
         return [list(chunk_indices(spec.array)) if spec.array else () for spec in specs]
 
     def stage(self, pieces: Sequence[tuple[Array, LeafSpec, Index]]) -> Sequence[Array]:
-        return [
-            np.array(leaf[tuple(slice(*bounds) for bounds in index)], dtype=spec.array.dtype if spec.array else None, order="C")
-            for leaf, spec, index in pieces
-        ]
+        return [_copy(leaf[tuple([slice(*bounds) for bounds in index])], spec) for leaf, spec, index in pieces]
 
     def request(self, target: Any, spec: LeafSpec, defaults: RestoreDefaults) -> RestoreArgs:
         dtype = None if target is None else target.dtype
@@ -75,3 +72,16 @@ class NumpyHandler(TypeHandler[Array]):
     def _resolve(self, spec: LeafSpec, request: RestoreArgs) -> Wanted | Problem:
         shape = getattr(request.target, "shape", None)
         return resolve(spec, request, shape, strict=request.defaults.strict)
+
+
+_SPARE_BITS = frozenset(("bool", "int2", "int4", "uint2", "uint4"))
+
+
+def _copy(part: Array, spec: LeafSpec) -> Array:
+    """A C-contiguous copy, of the dtype to store."""
+    assert spec.array is not None
+    copy = np.array(part, dtype=spec.array.dtype, order="C")
+    if copy.dtype.name in _SPARE_BITS:
+        # Memory viewed as one of these may hold bits that the value does not use; storage and checksum see none of them.
+        copy = copy.astype(np.int8).astype(copy.dtype)
+    return copy

@@ -10,6 +10,7 @@ import numpy as np
 from ckptkit.grid import Array, ArraySpec, Index
 from ckptkit.leaves._requests import resolve
 from ckptkit.leaves.base import Leaf, LeafSpec, Problem, RestoreArgs, TypeHandler
+from ckptkit.metadata.values import ScalarMetadata
 from ckptkit.options import RestoreDefaults
 
 if TYPE_CHECKING:
@@ -31,12 +32,12 @@ class ScalarHandler(TypeHandler[Any]):
         return [self._describe(leaf) for leaf in leaves]
 
     def signature(self, leaves: Sequence[Any]) -> Hashable | None:
-        return None if any(map(_is_huge, leaves)) else tuple([_dtype(leaf) for leaf in leaves])
+        return None if any(map(_problem, leaves)) else tuple([_dtype(leaf) for leaf in leaves])
 
     def _describe(self, leaf: Leaf) -> LeafSpec | Problem:
         value, args = leaf.value, leaf.save_args
-        if _is_huge(value):
-            return Problem(f"the int {_shortened(value)} does not fit into 64 bits; save it as a str, or as several ints.")
+        if (problem := _problem(value)) is not None:
+            return problem
         dtype = np.dtype(args.dtype) if args is not None and args.dtype is not None else _dtype(value)
         return LeafSpec(self.typestr, ArraySpec(leaf.name, (), dtype, ()))
 
@@ -47,7 +48,8 @@ class ScalarHandler(TypeHandler[Any]):
         return [np.asarray(value).astype(spec.array.dtype) for value, spec, _ in pieces if spec.array is not None]
 
     def request(self, target: Any, spec: LeafSpec, defaults: RestoreDefaults) -> RestoreArgs:
-        return RestoreArgs(restore_type=None if target is None else type(target), target=target, defaults=defaults)
+        kind = _plain_type(target.dtype) if isinstance(target, ScalarMetadata) else None if target is None else type(target)
+        return RestoreArgs(restore_type=kind, target=target, defaults=defaults)
 
     def needs(self, specs: Sequence[LeafSpec], requests: Sequence[RestoreArgs], job: Job) -> Sequence[Sequence[Index] | Problem]:
         return [self._need(spec, request) for spec, request in zip(specs, requests, strict=True)]
@@ -64,14 +66,23 @@ class ScalarHandler(TypeHandler[Any]):
         return [_scalar(part[()], request) for request, part in zip(requests, parts, strict=True)]
 
 
-def _is_huge(value: Any) -> bool:
-    return isinstance(value, int) and not _INT64.min <= value <= _INT64.max
+def _problem(value: Any) -> Problem | None:
+    if isinstance(value, ScalarMetadata):
+        return Problem("a ScalarMetadata describes a number but holds none; it is a target for restore.")
+    if isinstance(value, int) and not _INT64.min <= value <= _INT64.max:
+        return Problem(f"the int {_shortened(value)} does not fit into 64 bits; save it as a str, or as several ints.")
+    return None
 
 
 def _dtype(value: Any) -> np.dtype[Any]:
     if isinstance(value, np.generic):
         return np.dtype(value.dtype).newbyteorder("=")
     return np.dtype(next(kind for kind in _PYTHON_TYPES if isinstance(value, kind)))
+
+
+def _plain_type(dtype: np.dtype[Any]) -> type:
+    """Python's type for numbers of a dtype."""
+    return type(np.zeros((), dtype).item())
 
 
 def _scalar(stored: Array, request: RestoreArgs) -> Any:

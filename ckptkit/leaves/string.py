@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptkit.grid import Array, Index
 from ckptkit.leaves.base import Leaf, LeafSpec, Problem, RestoreArgs, TypeHandler
+from ckptkit.metadata.values import StringMetadata
 from ckptkit.options import RestoreDefaults
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ class StringHandler(TypeHandler[str]):
         return tuple(leaves)  # the text itself is in the spec
 
     def _describe(self, leaf: Leaf) -> LeafSpec | Problem:
+        if isinstance(leaf.value, StringMetadata):
+            return Problem("a StringMetadata describes a str but holds none; it is a target for restore.")
         try:
             leaf.value.encode()
         except UnicodeEncodeError as error:

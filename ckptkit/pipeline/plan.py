@@ -121,7 +121,8 @@ def plan_save(
     signatures = [(handler, handler.signature([values[i] for i in positions])) for handler, positions in members.items()]
     if save_args is not None or problems or any(signature is None for _, signature in signatures):
         return make(), values
-    return _plans.get((structure, tuple(signatures), backend, options, max_inflight_bytes), make), values
+    kinds = tuple(map(type, values))  # which leaf is whose, and which empty node is which
+    return _plans.get((structure, kinds, tuple(signatures), backend, options, max_inflight_bytes), make), values
 
 
 def _plan(

@@ -1,13 +1,19 @@
-"""What came of one call to a library: a value or an error, and whether two of them agree."""
+"""What came of one call to a library: a value or an error; and in what two of them differ."""
 
 from __future__ import annotations
 
+import ast
 import builtins
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 import trees
+
+from ckptkit import tree
 
 
 class Outcome(NamedTuple):
@@ -17,14 +23,29 @@ class Outcome(NamedTuple):
     error: Exception | None = None
 
     @property
-    def kind(self) -> str:
-        """'value', or the name of the builtin error that a caller would catch."""
-        if self.error is None:
-            return "value"
-        return next(cls.__name__ for cls in type(self.error).__mro__ if getattr(builtins, cls.__name__, None) is cls)
+    def caught_as(self) -> type[Exception]:
+        """The builtin class by which a caller would catch the error."""
+        return next(cls for cls in type(self.error).__mro__ if getattr(builtins, cls.__name__, None) is cls)
 
     def __str__(self) -> str:
-        return repr(self.value) if self.error is None else f"{type(self.error).__name__}: {str(self.error)[:1000]}"
+        if self.error is None:
+            return "\n  ".join(f"{path}: {_shown(leaf)}" for path, leaf in by_path(self.value).items()) or repr(self.value)
+        return f"{type(self.error).__name__}: {str(self.error)[:1500]}"
+
+
+class Gap(NamedTuple):
+    """One thing in which two outcomes differ.
+
+    Attributes:
+      kind: 'refused' by ckptkit alone, 'accepted' by ckptkit alone, 'error' of another class, or 'value'.
+      path: the leaf that it is about, where that is known.
+      ours, theirs: the line of the message, or the leaf that was returned.
+    """
+
+    kind: str
+    path: tuple[str, ...] | None
+    ours: Any
+    theirs: Any
 
 
 def outcome(call: Callable[[], Any]) -> Outcome:
@@ -37,15 +58,47 @@ def outcome(call: Callable[[], Any]) -> Outcome:
             return Outcome(error=error)
 
 
-def disagreement(ours: Outcome, theirs: Outcome) -> str | None:
-    """How the outcomes differ: equal values agree, and so do errors where ours is caught by whoever catches theirs."""
-    if theirs.error is not None and ours.error is not None:
-        caught = isinstance(ours.error, getattr(builtins, theirs.kind))
-        return None if caught else f"ckptkit raised a {ours.kind}, Orbax a {theirs.kind}"
-    if (theirs.error is None) != (ours.error is None):
-        return f"ckptkit: {ours}\nOrbax: {theirs}"
-    try:
-        trees.assert_same(ours.value, theirs.value)
-    except AssertionError as error:
-        return f"values differ: {str(error)[:1500]}"
-    return None
+def gaps(ours: Outcome, theirs: Outcome) -> Iterator[Gap]:
+    """Everything in which two outcomes differ; nothing where both are errors and whoever catches theirs catches ours."""
+    if ours.error is not None and theirs.error is not None:
+        if not isinstance(ours.error, theirs.caught_as):
+            yield Gap("error", None, str(ours), str(theirs))
+    elif ours.error is not None:
+        leaves = by_path(theirs.value)
+        yield from (Gap("refused", path, line, leaves.get(path)) for path, line in _problems(str(ours.error)))
+    elif theirs.error is not None:
+        yield Gap("accepted", None, ours.value, str(theirs))
+    else:
+        yield from _different_leaves(ours.value, theirs.value)
+
+
+def by_path(value: Any) -> dict[tuple[str, ...], Any]:
+    """The leaves and empty nodes of a tree by the names of their keys."""
+    leaves, structure = tree.flatten(value)
+    return dict(zip(structure.paths, leaves, strict=True))
+
+
+def _problems(message: str) -> Iterator[tuple[tuple[str, ...] | None, str]]:
+    """The leaves that a message of ckptkit's lists, each with what is wrong with it; else its first line."""
+    listed = re.findall(r"^  (.*)$", message, re.MULTILINE)
+    for line in listed or [message.splitlines()[0]]:
+        found = re.match(r"(\((?:'(?:[^'\\]|\\.)*'(?:, ?)?|\"(?:[^\"\\]|\\.)*\"(?:, ?)?)*\))", line)
+        yield (ast.literal_eval(found[1]) if found else None), line
+
+
+def _different_leaves(ours: Any, theirs: Any) -> Iterator[Gap]:
+    mine, yours = by_path(ours), by_path(theirs)
+    if mine.keys() != yours.keys() or jax.tree.structure(ours) != jax.tree.structure(theirs):
+        yield Gap("value", None, str(jax.tree.structure(ours)), str(jax.tree.structure(theirs)))
+        return
+    for path, leaf in mine.items():
+        try:
+            trees.assert_same(leaf, yours[path])
+        except (AssertionError, AttributeError):
+            yield Gap("value", path, leaf, yours[path])
+
+
+def _shown(leaf: Any) -> str:
+    if isinstance(leaf, jax.Array | np.ndarray):
+        return f"{type(leaf).__name__} {leaf.dtype}{list(leaf.shape)} {getattr(leaf, 'sharding', '')}"
+    return repr(leaf)[:200]
