@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
 from collections.abc import Callable, Iterator
@@ -22,6 +23,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # Orbax warns of much, and its threads outlive saves that it refuses
 ]
 _numbers = itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def _collected() -> Iterator[None]:
+    """What Orbax leaves unawaited is collected here, where its warnings are ignored, and not in the middle of another test."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="module")

@@ -588,3 +588,32 @@ def test_a_type_registered_twice_is_a_value_error() -> None:
 
 def test_placeholder_is_orbaxs() -> None:
     assert ckptkit.PLACEHOLDER is ocp.PLACEHOLDER
+
+
+# Options of checkpointers, and sizes.
+
+
+def test_the_callback_comes_after_the_commit(path: Path) -> None:
+    seen: list[bool] = []
+    options = ckptkit.AsyncOptions(post_finalization_callback=lambda: seen.append(path.exists()))
+    with ckptkit.StandardCheckpointer(async_options=options) as checkpointer:
+        checkpointer.save(path, {"a": 1})
+    assert seen == [True]
+
+
+def _files(directory: Path) -> list[Path]:
+    return [file for file in directory.rglob("*") if file.is_file()]
+
+
+def test_a_thousand_leaves_take_few_files_and_little_more_than_their_bytes(path: Path) -> None:
+    tree = {str(i): np.full(256, i, np.float32) for i in range(1000)}
+    _standard().save(path, tree)
+    assert len(_files(path)) < 20
+    assert sum(file.stat().st_size for file in _files(path)) < 2 * sum(leaf.nbytes for leaf in tree.values())
+
+
+def test_a_small_checkpoint_has_no_more_files_than_orbaxs(tmp_path: Path) -> None:
+    for library in (ckptkit, ocp):
+        checkpointer = library.Checkpointer(library.StandardCheckpointHandler())
+        checkpointer.save(tmp_path / library.__name__, args=library.args.StandardSave({"a": jnp.ones(2)}))
+    assert len(_files(tmp_path / "ckptkit")) <= len(_files(tmp_path / "orbax.checkpoint"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
@@ -12,18 +12,17 @@ import jax
 from ckptkit import args as args_lib
 from ckptkit import discovery, errors, tree
 from ckptkit._gc import paused_gc
+from ckptkit.handlers._documents import documents
 from ckptkit.handlers._stored import StoredTree
 from ckptkit.handlers.base import AsyncCheckpointHandler, folded_args
-from ckptkit.index import INDEX_FILE, IndexDocument, encode_index
 from ckptkit.leaves.base import ArrayRestoreArgs, LeafSpec, RestoreArgs, TypeHandler
-from ckptkit.metadata import arrays as array_documents
 from ckptkit.metadata import sharding as sharding_documents
 from ckptkit.metadata.json import checked_custom
-from ckptkit.metadata.rich import decode_rich, encode_rich
-from ckptkit.metadata.tree import TREE_FILE, Entry, Key, TreeDocument, encode_tree, is_empty_node, nest
+from ckptkit.metadata.rich import decode_rich
+from ckptkit.metadata.tree import TREE_FILE, Entry, is_empty_node, nest
 from ckptkit.metadata.values import ArrayMetadata, ScalarMetadata, StorageMetadata, StringMetadata, TreeMetadata
 from ckptkit.options import MultiprocessingOptions, PyTreeMetadataOptions, RestoreDefaults, StorageOptions
-from ckptkit.pipeline.plan import PLAIN, LeafRules, SavePlan, plan_save
+from ckptkit.pipeline.plan import PLAIN, LeafRules, plan_save
 from ckptkit.pipeline.restore import RestoreItem, restore_leaves
 from ckptkit.pipeline.save import start_save
 from ckptkit.registry import Registry
@@ -98,10 +97,10 @@ class PyTreeCheckpointHandler(AsyncCheckpointHandler):
             args.item, args.save_args, registry, registry.storage(self._storage), options, self._save_bytes, rules
         )
 
-        def documents(checksums: Mapping[str, list[str]]) -> Mapping[str, bytes]:
-            return _documents(plan, checksums, custom_metadata, registry, rich=self._rich)
+        def describe(checksums: Mapping[str, list[str]]) -> Iterable[tuple[str, bytes]]:
+            return documents(plan, checksums, custom_metadata, registry, rich=self._rich)
 
-        return [start_save(plan, values, registry.location(directory), documents)]
+        return [start_save(plan, values, registry.location(directory), describe)]
 
     def restore(
         self, directory: epath.Path, item: Any = None, restore_args: Any = None, args: args_lib.PyTreeRestore | None = None
@@ -176,67 +175,6 @@ def _bytes(name: str, gigabytes: float | None) -> int:
     if gigabytes is not None and not gigabytes > 0:
         raise errors.ArgsError(f"{name}={gigabytes!r}: expected a number above 0, in 10**9 bytes.")
     return int((96 if gigabytes is None else gigabytes) * _GB)
-
-
-def _documents(
-    plan: SavePlan, checksums: Mapping[str, list[str]], custom_metadata: Any, registry: Registry, *, rich: bool
-) -> Mapping[str, bytes]:
-    """Every small file of a saved tree; `_METADATA` last."""
-    words = {group.handler.typestr: group.handler.orbax_typestr for group in plan.groups}
-    structure, nodes = plan.structure, plan.nodes
-    leaves = [(name, spec) for name, spec in zip(structure.names, nodes, strict=True) if isinstance(spec, LeafSpec)]
-    index = IndexDocument(dict(checksums))
-    shardings, strings, metadatas = {}, {}, {}
-    for name, spec in leaves:
-        if words[spec.typestr] != spec.typestr:
-            index.typestrs[name] = spec.typestr
-            index.extras[name] = dict(spec.extra)
-        if words[spec.typestr] == "string":
-            strings[name] = spec.inline
-        if spec.sharding is not None:
-            shardings[name] = spec.sharding
-        if words[spec.typestr] == "jax.Array" and spec.array is not None:
-            metadatas[name] = _array_record(spec)
-    index.providers = {typestr: registry.provider_of(typestr) for typestr in set(index.typestrs.values())}
-    entries = [_entry(keys, node, words) for keys, node in zip(structure.keys, nodes, strict=True)]
-    document = TreeDocument(
-        entries=entries,
-        use_ocdbt=plan.backend.name == "ocdbt",
-        use_zarr3=plan.options.use_zarr3,
-        store_array_data_equal_to_fill_value=True,
-        custom_metadata=custom_metadata,
-        value_metadata_tree=encode_rich(entries, structure.unflatten) if rich else None,
-    )
-    files = {INDEX_FILE: encode_index(index), sharding_documents.SHARDING_FILE: sharding_documents.encode_file(shardings)}
-    if metadatas:
-        files[array_documents.arrays_file(0)] = array_documents.encode_arrays(metadatas)
-    if strings:
-        files[array_documents.STRINGS_FILE] = array_documents.encode_strings(strings)
-    return {**files, TREE_FILE: encode_tree(document)}
-
-
-def _array_record(spec: LeafSpec) -> array_documents.ArrayRecord:
-    assert spec.array is not None
-    extra = dict(spec.extra)
-    write_shape = tuple(extra.pop("write_shape", None) or spec.array.chunk_shape)
-    return array_documents.ArrayRecord(write_shape, spec.array.chunk_shape, extra or None)
-
-
-def _entry(keys: tuple[Key, ...], node: Any, words: Mapping[str, str]) -> Entry:
-    if not isinstance(node, LeafSpec):
-        return Entry(keys, _empty_word(node), skip=True)
-    write_shape = node.extra.get("write_shape")
-    return Entry(keys, words[node.typestr], write_shape=tuple(write_shape) if write_shape is not None else None)
-
-
-def _empty_word(node: Any) -> str:
-    if node is None:
-        return "None"
-    if isinstance(node, Mapping):
-        return "Dict"
-    if isinstance(node, list):
-        return "List"
-    return "NamedTuple" if hasattr(node, "_fields") else "Tuple"
 
 
 def _restore_all(stored: StoredTree, defaults: RestoreDefaults, max_inflight_bytes: int) -> list[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any, NamedTuple
@@ -76,7 +76,7 @@ def start_save(
     plan: SavePlan,
     values: Sequence[Any],
     location: Location,
-    documents: Callable[[Mapping[str, list[str]]], Mapping[str, bytes]],
+    documents: Callable[[Mapping[str, list[str]]], Iterable[tuple[str, bytes]]],
 ) -> Future[None]:
     """Stages every leaf, and writes in a thread; returns when the caller may change or donate its arrays.
 
@@ -87,7 +87,7 @@ def start_save(
       plan: how to save.
       values: the leaves of the tree, empty nodes included.
       location: an existing, empty directory.
-      documents: called in the writing thread with the checksums per array; returns the small files to write last.
+      documents: called in the writing thread with the checksums per array; gives name and bytes of the small files to write last.
 
     Returns:
       a future that is done when every file is written.
@@ -147,7 +147,7 @@ def _write(
     location: Location,
     batches: SimpleQueue[_Staged | None],
     budget: _Budget,
-    documents: Callable[[Mapping[str, list[str]]], Mapping[str, bytes]],
+    documents: Callable[[Mapping[str, list[str]]], Iterable[tuple[str, bytes]]],
     tracker: reports.Tracker,
     result: _SaveFuture,
 ) -> None:
@@ -165,7 +165,7 @@ def _write(
         except BaseException:
             writer.abort()
             raise
-        for name, data in documents({name: sums.texts() for name, sums in checksums.items()}).items():
+        for name, data in documents({name: sums.texts() for name, sums in checksums.items()}):
             location.write_bytes(name, data)
     except BaseException as error:  # noqa: BLE001 - it is raised again where the future's result is asked for
         result.set_exception(error)

@@ -24,8 +24,10 @@ from ckptkit.storage.zarr_documents import DOCUMENT_NAMES, Document, Version, do
 
 __all__ = ["OcdbtWriter"]
 
-# A transaction keeps what was copied into it until it commits.
-_TRANSACTION_NBYTES: Final = 32 << 20
+# A transaction keeps what was copied into it until it commits, and about this much for every key. Two are in memory at a time:
+# one fills while the other commits. Larger ones are no faster (16 and 32 MiB measured), and cost memory.
+_TRANSACTION_NBYTES: Final = 10 << 20
+_KEY_NBYTES: Final = 1 << 10
 
 # Chunks of this size and above are written from the caller's memory; below, opening the array costs more than a copy.
 _REFERENCE_NBYTES: Final = 1 << 20
@@ -58,9 +60,7 @@ class OcdbtWriter(Writer):
                 referenced = True
             else:
                 self._copy(chunk, document)
-            self._filled_nbytes += document.cell_nbytes
-            if self._filled_nbytes >= _TRANSACTION_NBYTES:
-                self._start_commit()
+            self._fill(document.cell_nbytes)
         if not referenced:
             return done()
         if self._filled_nbytes:
@@ -83,6 +83,7 @@ class OcdbtWriter(Writer):
         for array, document, data in documented(arrays, version):
             self._documents[array.name] = document
             self._pending.write(key_prefix(array.name) + DOCUMENT_NAMES[version], data)
+            self._fill(len(data))
 
     def _copy(self, chunk: Chunk, document: Document) -> None:
         key = key_prefix(chunk.array.name) + document.chunk_key(chunk.index)
@@ -107,6 +108,11 @@ class OcdbtWriter(Writer):
             )
             self._opened[array.name] = self._mapped(opening)
         return self._opened[array.name]
+
+    def _fill(self, nbytes: int) -> None:
+        self._filled_nbytes += nbytes + _KEY_NBYTES
+        if self._filled_nbytes >= _TRANSACTION_NBYTES:
+            self._start_commit()
 
     def _start_commit(self) -> None:
         self._committing.result()
