@@ -28,7 +28,7 @@ from ckptkit.metadata.json import checked_custom
 from ckptkit.metadata.step import StepMetadata
 from ckptkit.options import AsyncOptions, FileOptions, MultiprocessingOptions
 from ckptkit.registry import Registry
-from ckptkit.saving import Saving
+from ckptkit.saving import Saving, checked_futures
 
 __all__ = [
     "AsyncCheckpointer",
@@ -79,6 +79,7 @@ class Checkpointer:
         self._file_options = file_options or FileOptions()
         self._notifier = discovery.notifier(registry, observers)
         self._closed = False
+        discovery.ready(registry)  # now, since importing backends and plugins would otherwise hold up the first save
         if handler is not None and handler.registry is None:
             handler.registry = registry
 
@@ -131,16 +132,25 @@ class Checkpointer:
         self._check_open()
         start = time.monotonic()
         registry = discovery.ready(self._registry)
-        location = choosing.resolved(registry.location(directory))
-        handler, restore_args = self._restore_handler(registry, location, args, kwargs)
-        tracker = reports.Tracker("restore", location.url, self._notifier.progress)
-        try:
-            with reports.tracking(tracker):
-                restored = handler.restore(epath.Path(location.url), args=restore_args)
-        finally:
-            tracker.finish()
-            if handler is not self._handler:
-                handler.close()
+        while True:
+            location = choosing.resolved(registry.location(directory))
+            identity = commit.identity(location)
+            handler, restore_args = self._restore_handler(registry, location, args, kwargs)
+            tracker = reports.Tracker("restore", location.url, self._notifier.progress)
+            try:
+                with reports.tracking(tracker):
+                    restored = handler.restore(epath.Path(location.url), args=restore_args)
+            except errors.CheckpointError:
+                if commit.identity(location) == identity:
+                    raise
+            else:
+                if commit.identity(location) == identity:
+                    break
+            finally:
+                tracker.finish()
+                if handler is not self._handler:
+                    handler.close()
+            # Another checkpoint took this one's place meanwhile, and files were opened by path: start over with the new one.
         self._notifier.restored(
             reports.RestoreReport(
                 path=location.url,
@@ -162,8 +172,12 @@ class Checkpointer:
         registry = discovery.ready(self._registry)
         location = choosing.resolved(registry.location(directory))
         step = choosing.step_metadata(location)
-        handler = self._handler or choosing.stored_handler(registry, location)
-        return attrs.evolve(step, item_metadata=handler.metadata(epath.Path(location.url)))
+        handler = self._handler or choosing.stored_handler(registry, location, self._registry)
+        try:
+            return attrs.evolve(step, item_metadata=handler.metadata(epath.Path(location.url)))
+        finally:
+            if handler is not self._handler:
+                handler.close()
 
     def close(self) -> None:
         """Releases the handler; further calls raise `errors.ClosedError`."""
@@ -194,14 +208,17 @@ class Checkpointer:
         """Runs the part of a save that the caller waits for in any case."""
         self._check_open()
         start = time.monotonic()
-        custom = checked_custom(dict(custom_metadata or {}), "custom_metadata")
+        custom = checked_custom({} if custom_metadata is None else custom_metadata, "custom_metadata")
         registry = discovery.ready(self._registry)
         handler, save_args = self._save_handler(registry, args, kwargs)
         step = StepMetadata(
             item_handlers=handler.item_typestrs(save_args), init_timestamp_nsecs=time.time_ns(), custom_metadata=custom
         )
         location = registry.location(directory)
-        assert isinstance(location, FileLocation)
+        if not isinstance(location, FileLocation):
+            raise errors.ArgsError(
+                f"{location.url}: this version commits checkpoints in local directories; save to one of those."
+            )
         pending = commit.begin(location, force=force, mode=self._file_options.path_permission_mode)
         tracker = reports.Tracker("save", location.url, self._notifier.progress)
         saving = Saving(pending, handler, step, tracker, self._notifier, start, owned=handler is not self._handler)
@@ -209,7 +226,7 @@ class Checkpointer:
             with reports.tracking(tracker):
                 temporary = epath.Path(pending.temporary.url)
                 if isinstance(handler, AsyncCheckpointHandler):
-                    saving.writing = list(run_coroutine(handler.async_save(temporary, args=save_args)) or ())
+                    saving.writing = checked_futures(handler, run_coroutine(handler.async_save(temporary, args=save_args)))
                 else:
                     handler.save(temporary, args=save_args)
         except BaseException:
@@ -272,6 +289,7 @@ class AsyncCheckpointer(Checkpointer):
         )
         self._options = async_options or (AsyncOptions() if timeout_secs is None else AsyncOptions(timeout_secs=timeout_secs))
         self._thread: threading.Thread | None = None
+        self._saving = threading.Lock()  # one save at a time, whoever calls
         self.unseen_error: BaseException | None = None
 
     def save(
@@ -288,17 +306,27 @@ class AsyncCheckpointer(Checkpointer):
           errors.AsyncSaveError, errors.CheckpointError: also what went wrong in the previous save, if that was not seen yet;
             this one is not started then.
         """
-        self.wait_until_finished()
-        saving = self._start(directory, args, kwargs, force=force, custom_metadata=custom_metadata)
-        # Not a daemon, so that the interpreter waits for it at exit.
-        thread = threading.Thread(target=self._finish, args=(saving,), name="ckptkit-commit", daemon=False)
-        self._thread = thread
-        thread.start()
+        with self._saving:
+            self.wait_until_finished()
+            saving = self._start(directory, args, kwargs, force=force, custom_metadata=custom_metadata)
+            try:
+                # Not a daemon, so that the interpreter waits for it at exit.
+                thread = threading.Thread(target=self._finish, args=(saving,), name="ckptkit-commit", daemon=False)
+                thread.start()
+            except BaseException:
+                saving.abandon()
+                raise
+            self._thread = thread
 
     def restore(self, directory: Path, *args: Any, **kwargs: Any) -> Any:
         """As `Checkpointer.restore`; a save in flight is finished first, so that what was saved can be restored."""
         self.wait_until_finished()
         return super().restore(directory, *args, **kwargs)
+
+    def metadata(self, directory: Path) -> StepMetadata:
+        """As `Checkpointer.metadata`; a save in flight is finished first."""
+        self.wait_until_finished()
+        return super().metadata(directory)
 
     def wait_until_finished(self) -> None:
         """Returns when no save is in flight.
@@ -319,7 +347,8 @@ class AsyncCheckpointer(Checkpointer):
                     f"the save in the background did not finish within {timeout_secs} s; it goes on. Wait again, or allow more "
                     "time with AsyncOptions(timeout_secs=...)."
                 )
-            self._thread = None
+            if self._thread is thread:
+                self._thread = None
         self.check_for_errors()
 
     def check_for_errors(self) -> None:
@@ -343,8 +372,12 @@ class AsyncCheckpointer(Checkpointer):
         """
         try:
             self.wait_until_finished()
-        finally:
+        except errors.TimeoutError:  # the save in flight still needs the handler
+            raise
+        except errors.CheckpointError:
             super().close()
+            raise
+        super().close()
 
     def _finish(self, saving: Saving) -> None:
         try:
@@ -432,7 +465,6 @@ class SaveHandle:
 
     def __init__(self, checkpointer: AsyncCheckpointer) -> None:
         self._checkpointer = checkpointer
-        self._lock = threading.Lock()
         self._error: errors.CheckpointError | None = None
 
     def done(self) -> bool:
@@ -446,15 +478,14 @@ class SaveHandle:
           errors.CheckpointError: what went wrong; at every call.
           errors.TimeoutError: the time is over; the save goes on.
         """
-        with self._lock:
-            try:
-                self._checkpointer.join(timeout)
-            except errors.TimeoutError:
-                raise
-            except errors.CheckpointError as error:
-                self._error = error
-            if self._error is not None:
-                raise self._error
+        try:
+            self._checkpointer.join(timeout)
+        except errors.TimeoutError:
+            raise
+        except errors.CheckpointError as error:
+            self._error = error
+        if self._error is not None:
+            raise self._error
 
 
 def save(path: Path, tree_or_args: Any, *, storage: str | None = None, force: bool = False) -> None:

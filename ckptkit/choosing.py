@@ -41,7 +41,8 @@ def belonging_args(
             f"{type(handler).__name__} has no args class to {use} with; put @register_with_handler({type(handler).__name__}, "
             f"for_{use}=True) over one."
         )
-    return args_lib.make_args(classes[0], args, {name: value for name, value in kwargs.items() if name != "args"})
+    fields = {"item" if name == "state" else name: value for name, value in kwargs.items() if name != "args"}
+    return args_lib.make_args(classes[0], args, fields)
 
 
 def make_handler(handler_class: type[CheckpointHandler], registry: Registry | None) -> CheckpointHandler:

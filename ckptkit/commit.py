@@ -20,12 +20,12 @@ from typing import Any, Final
 
 from ckptkit import errors
 from ckptkit._threads import Workers
-from ckptkit.location import FileLocation, mapped_os_errors
+from ckptkit.location import FileLocation, Location, mapped_os_errors
 
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["TEMPORARY_SUFFIX", "Pending", "begin", "resolve"]
+__all__ = ["TEMPORARY_SUFFIX", "Pending", "begin", "identity", "resolve"]
 
 TEMPORARY_SUFFIX = ".orbax-checkpoint-tmp"
 _ASIDE_SUFFIX = f".ckptkit-old{TEMPORARY_SUFFIX}"
@@ -49,6 +49,15 @@ def resolve(location: FileLocation) -> FileLocation:
     if os.path.exists(path):
         raise errors.NotFoundError(errno.ENOTDIR, "a checkpoint is a directory, this is a file", path)
     raise errors.NotFoundError(errno.ENOENT, f"no checkpoint here; {_neighbours(path)}", path)
+
+
+def identity(location: Location) -> tuple[int, int] | None:
+    """What tells one checkpoint from another that took its place; None where there is none, or nothing to tell."""
+    try:
+        status = os.stat(location.local_path or "")
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _neighbours(path: str) -> str:
@@ -76,6 +85,8 @@ def begin(location: FileLocation, *, force: bool, mode: int | None) -> Pending:
       errors.StorageError: the directory cannot be made.
     """
     path = location.local_path
+    if path.endswith(TEMPORARY_SUFFIX):
+        raise errors.ArgsError(f"{path}: names that end in {TEMPORARY_SUFFIX} are for unfinished saves; choose another.")
     with mapped_os_errors(path, "prepare the save"):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         if not force and (os.path.lexists(path) or os.path.isdir(path + _ASIDE_SUFFIX)):
@@ -123,15 +134,20 @@ class Pending:
     def _replace(self) -> None:
         """Puts the new checkpoint in the old one's place, and deletes the old one."""
         old = _try_lock(self.path)
+        new = self.temporary.local_path
         try:
-            if _exchange(self.temporary.local_path, self.path):
-                _sync(os.path.dirname(self.path))
-                leftover = self.temporary.local_path
-            else:
-                leftover = self.path + _ASIDE_SUFFIX
+            exchanged = _exchange(new, self.path)
+            leftover = new if exchanged else self.path + _ASIDE_SUFFIX
+            if not exchanged:
                 os.rename(self.path, leftover)
-                os.rename(self.temporary.local_path, self.path)
+            try:
+                if not exchanged:
+                    os.rename(new, self.path)
                 _sync(os.path.dirname(self.path))
+            except BaseException:
+                with contextlib.suppress(OSError):  # the old one must not go with the temporary directory
+                    _put_back(leftover, self.path, exchanged=exchanged)
+                raise
             with contextlib.suppress(OSError):  # the new one is durable; the next save to this name tidies what stays
                 _remove(leftover)
         finally:
@@ -143,6 +159,16 @@ class Pending:
         shutil.rmtree(self.temporary.local_path, ignore_errors=True)
         with contextlib.suppress(OSError):
             os.close(self._lock)
+
+
+def _put_back(old: str, path: str, *, exchanged: bool) -> None:
+    """Undoes a replacement that is not durable."""
+    if exchanged:
+        _exchange(old, path)
+        return
+    if os.path.lexists(path):
+        os.rename(path, path + TEMPORARY_SUFFIX)
+    os.rename(old, path)
 
 
 def _exists(path: str) -> errors.ExistsError:
@@ -179,6 +205,8 @@ def _try_lock(path: str) -> int | None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+            return descriptor  # some network file systems have no locks: there a second writer is not noticed
         os.close(descriptor)
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             return None

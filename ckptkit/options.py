@@ -86,10 +86,12 @@ class StorageOptions:
 
     Attributes:
       use_zarr3: write zarr version 3 documents instead of version 2.
+      compression: how chunks are compressed; None to store them as they are in memory.
       target_data_file_size: bytes after which a backend that packs values into files starts the next; None is its own default.
     """
 
     use_zarr3: bool = False
+    compression: Literal["zstd"] | None = attrs.field(default=None, validator=attrs.validators.in_((None, "zstd")))
     target_data_file_size: int | None = attrs.field(default=None, validator=_positive)
 
 

@@ -9,11 +9,25 @@ from typing import Any
 import attrs
 from etils import epath
 
-from ckptkit import commit, discovery, reports
+from ckptkit import commit, discovery, errors, reports
 from ckptkit.handlers.base import CheckpointHandler
 from ckptkit.metadata.step import STEP_FILE, StepMetadata, encode_step
 
-__all__ = ["Saving"]
+__all__ = ["Saving", "checked_futures"]
+
+
+def checked_futures(handler: CheckpointHandler, returned: Any) -> list[futures.Future[Any]]:
+    """What an `async_save` returned, as a list.
+
+    Raises:
+      errors.PluginError: something else than futures of `concurrent.futures`, which alone can be waited for and cancelled.
+    """
+    made = [] if returned is None else list(returned)
+    if wrong := [future for future in made if not isinstance(future, futures.Future)]:
+        raise errors.PluginError(
+            f"{type(handler).__name__}.async_save returned {wrong[0]!r}; expected a list of concurrent.futures.Future, or None."
+        )
+    return made
 
 
 class Saving:
@@ -70,10 +84,12 @@ class Saving:
         """Stops the writers, waits until nobody writes any more, and removes what was written."""
         for future in self.writing:
             future.cancel()
-        futures.wait(self.writing)
-        self._pending.abandon()
-        self._close()
-        self._tracker.finish()
+        try:
+            futures.wait(self.writing)
+        finally:
+            self._pending.abandon()
+            self._close()
+            self._tracker.finish()
 
     def _close(self) -> None:
         if self._owned:

@@ -71,19 +71,30 @@ def flatten(tree: Any) -> tuple[list[Any], Structure]:
     """
     try:
         leaves, treedef = jax.tree.flatten(tree, is_leaf=is_empty_node)
-    except (TypeError, ValueError) as error:
-        raise errors.TreeError(f"The tree cannot be flattened: {error}") from error
+    except Exception as error:
+        raise _not_flattened(error) from error
     try:
-        return leaves, _structures.get(treedef, lambda: _structure(tree, treedef))
+        # With its text, since {1: x} and {True: x} have equal treedefs, but other names.
+        return leaves, _structures.get((treedef, str(treedef)), lambda: _structure(tree, treedef))
+    except errors.TreeError:
+        raise
     except Exception:  # noqa: BLE001 - the auxiliary data of a foreign node may refuse to be hashed or compared, in any way
         return leaves, _structure(tree, treedef)
 
 
 def _structure(tree: Any, treedef: Any) -> Structure:
-    with_paths, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_empty_node)
+    try:
+        with_paths, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_empty_node)
+    except Exception as error:
+        raise _not_flattened(error) from error
     keys = tuple([tuple([key_of(key) for key in path]) for path, _ in with_paths])
     paths = tuple(map(key_path, keys))
     return Structure(treedef, keys, paths, tuple(map(".".join, paths)))
+
+
+def _not_flattened(error: Exception) -> errors.TreeError:
+    """For whatever the nodes of a tree raise, which may be anybody's classes."""
+    return errors.TreeError(f"The tree cannot be flattened: {type(error).__name__}: {error}")
 
 
 def flatten_alike(structure: Structure, tree: Any, what: str) -> list[Any]:

@@ -232,3 +232,93 @@ def test_at_most_eight_frames_lie_above_tensorstore(tmp_path: Path, depth: str) 
     )
     assert done.returncode == 0, done.stderr
     assert 0 < int(done.stdout.split()[0]) <= 8, done.stdout
+
+
+def test_an_interrupted_save_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Ctrl-C at any moment, staging included: no lock, nobody who goes on writing, and the next save tidies the rest."""
+    done = _run(
+        """
+        import os, signal, sys, threading, time, numpy as np, ckptkit
+        path = sys.argv[1]
+        tree = {f"a{i}": np.full(1 << 20, i, np.float64) for i in range(12)}
+        ckptkit.save(os.path.join(path, "warm"), tree)
+        interrupted = 0
+        for n in range(12):
+            try:
+                threading.Timer(0.004 * (n + 1), os.kill, (os.getpid(), signal.SIGINT)).start()
+                ckptkit.PyTreeCheckpointer().save(os.path.join(path, "c"), tree, force=True)
+                time.sleep(0.2)
+            except KeyboardInterrupt:
+                interrupted += 1
+            assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("ckptkit")]
+        ckptkit.save(os.path.join(path, "c"), tree, force=True)
+        print(interrupted, sorted(os.listdir(path)))
+        """,
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("['c', 'warm']\n"), done.stdout
+    assert int(done.stdout.split()[0]) > 0
+
+
+def test_saves_from_several_threads_take_turns_and_every_error_is_told(
+    tmp_path: Path, failing: ckptkit.AsyncCheckpointer
+) -> None:
+    seen = []
+
+    def save(name: str) -> None:
+        try:
+            failing.save(tmp_path / name, _FailingSave())
+        except errors.AsyncSaveError as error:
+            seen.append(error)
+
+    threads = [threading.Thread(target=save, args=(str(n),)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    started = 4 - len(seen)  # a save that tells of an earlier one's error does not start
+    try:
+        failing.wait_until_finished()
+    except errors.AsyncSaveError as error:
+        seen.append(error)
+    assert len(seen) == started
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_thread_that_cannot_start_fails_the_save_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpointer = ckptkit.StandardCheckpointer()
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "ckptkit-commit":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(RuntimeError, match="can't start"):
+        checkpointer.save(tmp_path / "c", {"a": np.ones(3)})
+    monkeypatch.undo()
+    assert not list(tmp_path.iterdir())
+    checkpointer.save(tmp_path / "c", {"a": np.ones(3)})
+    checkpointer.close()
+
+
+def test_a_reader_beside_a_writer_that_replaces_the_checkpoint_always_finds_one_whole(tmp_path: Path) -> None:
+    ckptkit.save(tmp_path / "c", {"a": np.zeros(50_000)})
+    writer = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys, numpy, ckptkit as c; [c.save(sys.argv[1], {'a': numpy.full(50_000, n)}, force=True) for n in range(40)]",
+            str(tmp_path / "c"),
+        ]
+    )
+    reads = 0
+    with ckptkit.StandardCheckpointer() as checkpointer:
+        while writer.poll() is None:
+            restored = checkpointer.restore(tmp_path / "c")["a"]
+            assert (restored == restored[0]).all()
+            reads += 1
+    assert writer.returncode == 0
+    assert reads > 10

@@ -382,3 +382,37 @@ def test_bits_that_a_value_does_not_use_are_not_stored(tmp_path: Path) -> None:
     restored = ckptkit.restore(tmp_path / "c")
     np.testing.assert_array_equal(restored["bool"], [False, True, True, True])
     np.testing.assert_array_equal(restored["int4"].astype(int), tree["int4"].astype(int))
+
+
+def test_keys_that_compare_equal_keep_their_own_names(tmp_path: Path) -> None:
+    for name, key in (("int", 1), ("bool", True)):
+        ckptkit.save(tmp_path / name, {key: np.ones(2)})
+        assert list(ckptkit.restore(tmp_path / name)) == [str(key)]
+
+
+@pytest.mark.parametrize("empty", [{}, ()])
+def test_an_empty_node_in_the_target_where_a_leaf_is_stored_does_not_fit(tmp_path: Path, empty: Any) -> None:
+    ckptkit.save(tmp_path / "c", {"a": np.ones(2)})
+    with pytest.raises(errors.TargetError, match="an empty"):
+        ckptkit.restore(tmp_path / "c", {"a": empty})
+
+
+class _Raises:
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        raise KeyError("no data")
+
+
+def test_leaves_and_nodes_that_raise_are_named_like_any_other(tmp_path: Path) -> None:
+    with pytest.raises(errors.TreeError, match=r"2 of 2 leaves[\s\S]*\('a',\).*no data[\s\S]*\('b',\)"):
+        ckptkit.save(tmp_path / "c", {"a": _Raises(), "b": "text"})
+
+
+def test_a_name_for_unfinished_saves_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(errors.ArgsError, match="unfinished saves"):
+        ckptkit.save(tmp_path / "c.orbax-checkpoint-tmp", TREE)
+
+
+def test_metadata_waits_for_a_save_in_flight(tmp_path: Path) -> None:
+    with ckptkit.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "c", state=TREE)
+        assert checkpointer.metadata(tmp_path / "c").item_metadata["w"].shape == (2, 3)

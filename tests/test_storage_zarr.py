@@ -10,6 +10,7 @@ import resource
 import shutil
 import time
 import weakref
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -423,3 +424,15 @@ def test_a_place_that_is_no_directory_of_this_machine_is_refused(tmp_path):
     with pytest.raises(errors.ArgsError, match="no directory of this machine"):
         BACKEND.reader(Remote(tmp_path))
     assert not BACKEND.recognises(Remote(tmp_path))
+
+
+@pytest.mark.parametrize("use_ocdbt", [True, False])
+@pytest.mark.parametrize("use_zarr3", [True, False])
+def test_compressed_chunks_take_less_and_both_libraries_read_them(tmp_path: Path, use_ocdbt: bool, use_zarr3: bool) -> None:
+    tree = {"zeros": np.zeros((300, 1000)), "small": np.arange(7, dtype=np.int8), "big": np.tile(np.arange(1 << 18), 3)}
+    options = {"use_ocdbt": use_ocdbt, "use_zarr3": use_zarr3, "use_compression": True}
+    ckptkit.Checkpointer(ckptkit.PyTreeCheckpointHandler(**options)).save(tmp_path / "c", tree)
+    assert sum(file.stat().st_size for file in (tmp_path / "c").rglob("*") if file.is_file()) < 4_000_000
+    for library in (ckptkit, ocp):
+        restored = library.Checkpointer(library.PyTreeCheckpointHandler()).restore(tmp_path / "c")
+        jax.tree.map(np.testing.assert_array_equal, restored, tree)

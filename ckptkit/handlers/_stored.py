@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from ckptkit import args as args_lib
 from ckptkit import errors
+from ckptkit._gc import paused_gc
 from ckptkit.grid import Array, ArraySpec, Index
 from ckptkit.handlers._legacy import Aggregate, ArraysReader, document_of_names, read_aggregate
 from ckptkit.index import INDEX_FILE, IndexDocument, decode_index
@@ -77,6 +78,7 @@ class StoredTree:
       reader: gives the chunks.
     """
 
+    @paused_gc()
     def __init__(self, location: Location, registry: Registry) -> None:
         """Reads the small files and lists the arrays.
 

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ArrayCheckpointHandler"]
 
+_AGGREGATE_NAME = "ELEMENT"
+"""The name that releases up to 0.5 gave a small array in the file of an aggregate checkpoint."""
+
 _TYPES = (jax.Array, np.ndarray, int, float, complex, np.number, np.bool_)
 
 
@@ -79,14 +82,15 @@ class ArrayCheckpointHandler(AsyncCheckpointHandler):
         """
         args = folded_args(args_lib.ArrayRestore, args, item=item, restore_args=restore_args)
         stored = self.metadata(directory).tree
-        if not isinstance(stored, dict) or self._name not in stored:
+        name = _AGGREGATE_NAME if isinstance(stored, dict) and [*stored] == [_AGGREGATE_NAME] else self._name
+        if not isinstance(stored, dict) or name not in stored:
             there = errors.listing(map(repr, stored), 20) if isinstance(stored, dict) else " a tree without names"
             raise errors.TargetError(
                 f"{directory} holds no array of the name {self._name!r}; pass the name it was saved under, "
                 f"ArrayCheckpointHandler(checkpoint_name). There is:{there}"
             )
-        how = {self._name: args.restore_args}
-        return self._pytree.restore_tree(directory, None, restore_args=how, defaults=RestoreDefaults())[self._name]
+        how = {name: args.restore_args}
+        return self._pytree.restore_tree(directory, None, restore_args=how, defaults=RestoreDefaults())[name]
 
     def metadata(self, directory: epath.Path) -> TreeMetadata:
         return self._pytree.metadata(directory)

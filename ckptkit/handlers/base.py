@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import contextlib
 import contextvars
 import threading
 import warnings
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from ckptkit import errors
@@ -118,7 +119,9 @@ def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(coroutine)
+        # Not `asyncio.run`, which holds back a Ctrl-C until the coroutine has ended, and then drops its result.
+        with contextlib.closing(asyncio.new_event_loop()) as loop:
+            return loop.run_until_complete(coroutine)
     result: Future[T] = Future()
 
     def run() -> None:
@@ -129,5 +132,18 @@ def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:
 
     thread = threading.Thread(target=contextvars.copy_context().run, args=(run,), name="ckptkit-coroutine")
     thread.start()
-    thread.join()
+    try:
+        thread.join()
+    except BaseException:
+        thread.join()
+        _give_up(result)
+        raise
     return result.result()
+
+
+def _give_up(result: Future[Any]) -> None:
+    """Stops what an interrupted call has started, and waits until it has ended."""
+    started = [] if result.exception() is not None else [f for f in result.result() or () if isinstance(f, Future)]
+    for future in started:
+        future.cancel()
+    wait(started)

@@ -33,7 +33,6 @@ def resolve(spec: LeafSpec, request: RestoreArgs, shape: tuple[int, ...] | None,
         return Problem(f"a {type(spec.inline).__name__} is stored here, not an array; ask for a value of that type.")
     stored = spec.array
     wanted = stored.shape if shape is None else tuple(shape)
-    dtype = stored.dtype if request.dtype is None else np.dtype(request.dtype)
     if wanted != stored.shape:
         if strict:
             return Problem(
@@ -44,13 +43,23 @@ def resolve(spec: LeafSpec, request: RestoreArgs, shape: tuple[int, ...] | None,
             return Problem(
                 f"stored with {len(stored.shape)} axes, requested with {len(wanted)}; strict=False changes lengths only."
             )
+    dtype = _dtype(stored.dtype, request)
+    return dtype if isinstance(dtype, Problem) else Wanted(wanted, dtype, wanted != stored.shape)
+
+
+def _dtype(stored: np.dtype[Any], request: RestoreArgs) -> np.dtype[Any] | Problem:
+    """The dtype of the result, or why the stored one cannot become it."""
+    if request.dtype is None:
+        return stored
+    try:
+        dtype: np.dtype[Any] = np.dtype(request.dtype)
+    except TypeError as error:
+        return Problem(f"dtype {request.dtype!r} was requested: {error}; ask for a dtype of numpy, such as jnp.bfloat16.")
     if dtype.kind in "OSUMm" or dtype.names is not None:
-        return Problem(
-            f"stored dtype {stored.dtype}, requested dtype {dtype}, which holds no numbers; ask for a dtype of numbers."
-        )
-    if not np.can_cast(stored.dtype, dtype, casting=request.defaults.casting):
-        return Problem(f"stored dtype {stored.dtype}, requested dtype {dtype}; casting={request.defaults.casting!r} forbids it.")
-    return Wanted(wanted, dtype, wanted != stored.shape)
+        return Problem(f"stored dtype {stored}, requested dtype {dtype}, which holds no numbers; ask for a dtype of numbers.")
+    if not np.can_cast(stored, dtype, casting=request.defaults.casting):
+        return Problem(f"stored dtype {stored}, requested dtype {dtype}; casting={request.defaults.casting!r} forbids it.")
+    return dtype
 
 
 def clip(index: Index, shape: tuple[int, ...]) -> Index:

@@ -67,6 +67,10 @@ class RestoreArgs:
     defaults: RestoreDefaults = attrs.field(factory=RestoreDefaults, repr=False)
 
 
+def _as_shape(shape: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if shape is None else tuple(shape)
+
+
 @attrs.define(kw_only=True)
 class ArrayRestoreArgs(RestoreArgs):
     """How one jax.Array is restored.
@@ -83,8 +87,8 @@ class ArrayRestoreArgs(RestoreArgs):
     mesh: Any = None
     mesh_axes: Any = None
     sharding: Any = None
-    global_shape: tuple[int, ...] | None = None
-    shape: tuple[int, ...] | None = None
+    global_shape: tuple[int, ...] | None = attrs.field(default=None, converter=_as_shape)
+    shape: tuple[int, ...] | None = attrs.field(default=None, converter=_as_shape)
     strict: bool = True
 
     def __attrs_post_init__(self) -> None:

@@ -197,7 +197,11 @@ def _by_handler(
         if (route := routes.get(kind)) is None:
             route = routes[kind] = _route(kind, registry, rules)
         if route.as_array:
-            values[i] = np.asarray(value)
+            try:
+                values[i] = np.asarray(value)
+            except Exception as error:  # noqa: BLE001 - somebody's __array__ may raise anything
+                problems[i] = f"{kind} could not be made an array: {type(error).__name__}: {error}"
+                continue
         if route.handler is not None:
             positions.setdefault(route.handler, []).append(i)
         elif not tree.is_empty_node(value):

@@ -112,11 +112,13 @@ def start_save(
             batches.put(_Staged(handler, batch, staged))
     except BaseException:
         result.cancel()
-        raise
-    finally:
         batches.put(None)
-        if not writer.ident:
-            writer.start()
+        if writer.ident:
+            writer.join()  # the caller removes the directory, so nobody may write there any more
+        raise
+    batches.put(None)
+    if not writer.ident:
+        writer.start()
     return result
 
 

@@ -15,10 +15,11 @@ import numpy as np
 import tensorstore as ts
 
 from ckptkit.location import Location
+from ckptkit.options import StorageOptions
 from ckptkit.storage._futures import done
 from ckptkit.storage._tensorstore import writing_error
 from ckptkit.storage._values import key_prefix
-from ckptkit.storage._zarr_cells import DRIVERS, stored_cell
+from ckptkit.storage._zarr_cells import DRIVERS, encoded_cell
 from ckptkit.storage.base import ArraySpec, Chunk, Writer
 from ckptkit.storage.zarr_documents import DOCUMENT_NAMES, Document, Version, documented, emit
 
@@ -28,6 +29,9 @@ __all__ = ["OcdbtWriter"]
 # one fills while the other commits. Larger ones are no faster (16 and 32 MiB measured), and cost memory.
 _TRANSACTION_NBYTES: Final = 10 << 20
 _KEY_NBYTES: Final = 1 << 10
+
+# What is referenced takes no memory of a transaction's; it is bounded all the same, so that writing starts early.
+_REFERENCED_PER_COPIED: Final = 6
 
 # Chunks of this size and above are written from the caller's memory; below, opening the array costs more than a copy.
 _REFERENCE_NBYTES: Final = 1 << 20
@@ -40,7 +44,7 @@ class OcdbtWriter(Writer):
     """
 
     def __init__(
-        self, location: Location, store: ts.KvStore, context: ts.Context, arrays: Sequence[ArraySpec], version: Version
+        self, location: Location, store: ts.KvStore, context: ts.Context, arrays: Sequence[ArraySpec], options: StorageOptions
     ) -> None:
         self._location = location
         self._store = store
@@ -49,18 +53,18 @@ class OcdbtWriter(Writer):
         self._committing = done()
         self._opened: dict[str, ts.TensorStore] = {}
         self._documents: dict[str, Document] = {}
-        self._describe(arrays, version)
+        self._describe(arrays, options)
 
     def write(self, chunks: Sequence[Chunk]) -> Future[None]:
         referenced = False
         for chunk in chunks:
             document = self._documents[chunk.array.name]
-            if document.cell_nbytes >= _REFERENCE_NBYTES:
+            if document.raw and document.cell_nbytes >= _REFERENCE_NBYTES:
                 self._refer(chunk, document)
+                self._fill(document.cell_nbytes // _REFERENCED_PER_COPIED)
                 referenced = True
             else:
                 self._copy(chunk, document)
-            self._fill(document.cell_nbytes)
         if not referenced:
             return done()
         if self._filled_nbytes:
@@ -78,16 +82,19 @@ class OcdbtWriter(Writer):
         self._committing.exception()
         self._opened.clear()
 
-    def _describe(self, arrays: Sequence[ArraySpec], version: Version) -> None:
+    def _describe(self, arrays: Sequence[ArraySpec], options: StorageOptions) -> None:
         """Writes every array's document, also of those that have no chunk."""
-        for array, document, data in documented(arrays, version):
+        version: Version = 3 if options.use_zarr3 else 2
+        for array, document, data in documented(arrays, version, options.compression):
             self._documents[array.name] = document
             self._pending.write(key_prefix(array.name) + DOCUMENT_NAMES[version], data)
             self._fill(len(data))
 
     def _copy(self, chunk: Chunk, document: Document) -> None:
         key = key_prefix(chunk.array.name) + document.chunk_key(chunk.index)
-        self._pending.write(key, stored_cell(chunk.data, document).tobytes())
+        data = encoded_cell(chunk.data, document).tobytes()
+        self._pending.write(key, data)
+        self._fill(len(data))
 
     def _refer(self, chunk: Chunk, document: Document) -> None:
         array = self._open(chunk.array, document).with_transaction(self._transaction)

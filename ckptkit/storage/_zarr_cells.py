@@ -17,7 +17,7 @@ from ckptkit.grid import Array
 from ckptkit.storage._zarr_dtypes import V3_DTYPES
 from ckptkit.storage.zarr_documents import Document
 
-__all__ = ["DRIVERS", "canonicalise", "decode", "fill_value", "stored_cell"]
+__all__ = ["DRIVERS", "canonicalise", "decode", "encoded_cell", "fill_value", "stored_cell"]
 
 DRIVERS = {2: "zarr", 3: "zarr3"}
 
@@ -37,6 +37,21 @@ def stored_cell(data: Array, document: Document) -> Array:
     cell = np.zeros(document.chunk_shape, document.dtype)
     cell[tuple(map(slice, data.shape))] = data
     return cell
+
+
+def encoded_cell(data: Array, document: Document) -> Array:
+    """A chunk as the bytes that are stored.
+
+    Raises:
+      Exception: TensorStore's.
+    """
+    cell = stored_cell(data, document)
+    if document.raw:
+        return cell.reshape(-1).view(np.uint8)
+    context = ts.Context()
+    memory = ts.KvStore.open("memory://", context=context).result()
+    _open(document, document.stacked(1), memory, context).write(cell[np.newaxis]).result()
+    return np.frombuffer(memory.read(f"0{'.0' * cell.ndim}").result().value, np.uint8)
 
 
 def decode(document: Document, encoded: Sequence[bytes], outs: Sequence[Array]) -> None:
@@ -84,5 +99,5 @@ def canonicalise(values: Array) -> None:
 
 
 def _open(document: Document, metadata: dict[str, Any], memory: ts.KvStore, context: ts.Context) -> ts.TensorStore:
-    spec = {"driver": DRIVERS[document.version], "metadata": metadata}
+    spec = {"driver": DRIVERS[document.version], "metadata": metadata, "store_data_equal_to_fill_value": True}
     return ts.open(spec, kvstore=memory, context=context, open=True, assume_metadata=True).result()

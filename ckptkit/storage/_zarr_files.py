@@ -15,9 +15,10 @@ from typing import Any, Final
 from ckptkit import errors
 from ckptkit._threads import Workers
 from ckptkit.location import mapped_os_errors
+from ckptkit.options import StorageOptions
 from ckptkit.storage._futures import joined
 from ckptkit.storage._values import Bytes, Extent, Value, Values, key_prefix, read_files
-from ckptkit.storage._zarr_cells import stored_cell
+from ckptkit.storage._zarr_cells import encoded_cell
 from ckptkit.storage.base import ArraySpec, Chunk, Writer
 from ckptkit.storage.zarr_documents import DOCUMENT_NAMES, Document, Version, documented
 
@@ -79,12 +80,13 @@ class FileWriter(Writer):
     A write that fails raises `errors.StorageError` from its future, from the next call, and at the latest from `commit`.
     """
 
-    def __init__(self, directory: str, arrays: Sequence[ArraySpec], version: Version) -> None:
+    def __init__(self, directory: str, arrays: Sequence[ArraySpec], options: StorageOptions) -> None:
+        version: Version = 3 if options.use_zarr3 else 2
         self._directory = directory
         self._pool = Workers(min(4, os.cpu_count() or 1), "ckptkit-write-files")
         self._documents: dict[str, Document] = {}
         files: list[tuple[str, Any]] = []
-        for array, document, data in documented(arrays, version):
+        for array, document, data in documented(arrays, version, options.compression):
             self._documents[array.name] = document
             files.append((key_prefix(array.name) + DOCUMENT_NAMES[version], data))
         batches = [files[i : i + _BATCH_FILES] for i in range(0, len(files), _BATCH_FILES)]
@@ -118,7 +120,7 @@ class FileWriter(Writer):
             chunk = chunks.pop()
             document = self._documents[chunk.array.name]
             path = os.path.join(self._directory, key_prefix(chunk.array.name) + document.chunk_key(chunk.index))
-            _create(path, stored_cell(chunk.data, document).reshape(-1).view("u1"))
+            _create(path, encoded_cell(chunk.data, document))
 
 
 def _create(path: str, data: Any) -> None:

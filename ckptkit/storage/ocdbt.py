@@ -51,7 +51,7 @@ class OcdbtBackend(StorageBackend):
             store = ts.KvStore.open(spec, context=context).result()
         except Exception as error:
             raise writing_error(error, location.url) from error
-        return OcdbtWriter(location, store, context, arrays, version=3 if options.use_zarr3 else 2)
+        return OcdbtWriter(location, store, context, arrays, options)
 
     def reader(self, location: Location) -> Reader:
         context = ts.Context()

@@ -36,7 +36,7 @@ class ZarrBackend(StorageBackend):
         Raises:
           errors.ArgsError: the location is no directory of this machine.
         """
-        return FileWriter(_directory(location), arrays, version=3 if options.use_zarr3 else 2)
+        return FileWriter(_directory(location), arrays, options)
 
     def reader(self, location: Location) -> Reader:
         """A reader of a directory of arrays, whatever program wrote it.

@@ -25,6 +25,7 @@ from ckptkit.storage.base import ArraySpec, Index
 __all__ = ["DOCUMENT_NAMES", "Document", "Version", "documented", "emit", "parse", "refusal"]
 
 Version = Literal[2, 3]
+Compression = Literal["zstd"] | None
 
 DOCUMENT_NAMES: Final[Mapping[Version, str]] = {2: ".zarray", 3: "zarr.json"}
 """The last part of a document's key."""
@@ -144,22 +145,30 @@ class Document:
         return attrs.evolve(self, shape=(), chunk_shape=(), codecs=codecs).stacked(1)
 
 
-def emit(array: ArraySpec, version: Version) -> bytes:
-    """The document of an array stored uncompressed, in C order, little-endian, with nothing left out."""
-    return _emit(array.shape, array.chunk_shape, array.dtype, version)
+def emit(array: ArraySpec, version: Version, compression: Compression = None) -> bytes:
+    """The document of an array stored in C order, little-endian, with nothing left out."""
+    return _emit(array.shape, array.chunk_shape, array.dtype, version, compression)
 
 
 @functools.lru_cache(maxsize=1024)
-def _emit(shape: tuple[int, ...], chunk_shape: tuple[int, ...], dtype: np.dtype[Any], version: Version) -> bytes:
+def _emit(
+    shape: tuple[int, ...], chunk_shape: tuple[int, ...], dtype: np.dtype[Any], version: Version, compression: Compression
+) -> bytes:
     fields = _fields_v2(shape, chunk_shape, dtype) if version == 2 else _fields_v3(shape, chunk_shape, dtype)
+    if compression is not None and version == 2:
+        fields["compressor"] = {"id": compression, "level": 1}
+    elif compression is not None:
+        fields["codecs"].append({"name": compression, "configuration": {"level": 1}})
     return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
 
 
-def documented(arrays: Sequence[ArraySpec], version: Version) -> Iterator[tuple[ArraySpec, Document, bytes]]:
+def documented(
+    arrays: Sequence[ArraySpec], version: Version, compression: Compression
+) -> Iterator[tuple[ArraySpec, Document, bytes]]:
     """Each array with its document, parsed and as bytes; those that are the same are parsed once."""
     parsed = functools.cache(functools.partial(parse, version=version))
     for array in arrays:
-        data = emit(array, version)
+        data = emit(array, version, compression)
         document = parsed(data)
         assert document is not None  # narrows the type: what `emit` made is an array
         yield array, document, data
