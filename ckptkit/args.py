@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 import attrs
 
 from ckptkit import errors
-from ckptkit.options import Casting, StorageOptions
+from ckptkit.options import Casting, Devices, StorageOptions
 
 if TYPE_CHECKING:
     from ckptkit.handlers.base import CheckpointHandler
@@ -127,6 +127,14 @@ def _casting(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None
         )
 
 
+def _devices(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if value not in (None, *get_args(Devices)):
+        raise errors.ArgsError(
+            f"{type(instance).__name__}({attribute.name}={value!r}): expected 'local', 'numpy' or None; a Sharding goes into "
+            "fallback_sharding."
+        )
+
+
 def _file_size(_instance: Any, _attribute: attrs.Attribute[Any], value: Any) -> None:
     StorageOptions(target_data_file_size=value)
 
@@ -161,6 +169,8 @@ class StandardRestore(CheckpointArgs):
       support_layout: honour the memory layout of targets that carry one.
       fallback_sharding: where arrays go whose saved devices are not here.
       casting: numpy's word for the casts allowed from the stored dtype to the target's.
+      devices: where arrays go for which the target names no sharding: 'local', this process's first device; 'numpy', host memory,
+        as np.ndarray; None, where they were saved.
     """
 
     item: Any = attrs.field(default=None, converter=_tree, repr=_kind)
@@ -168,6 +178,7 @@ class StandardRestore(CheckpointArgs):
     support_layout: bool = attrs.field(default=False, validator=_flag)
     fallback_sharding: Any = None
     casting: Casting = attrs.field(default="unsafe", validator=_casting)
+    devices: Devices | None = attrs.field(default=None, validator=_devices)
 
 
 @attrs.define(eq=False)

@@ -26,7 +26,7 @@ from ckptkit.handlers.base import AsyncCheckpointHandler, CheckpointHandler, run
 from ckptkit.location import FileLocation, Location
 from ckptkit.metadata.json import checked_custom
 from ckptkit.metadata.step import StepMetadata
-from ckptkit.options import AsyncOptions, FileOptions, MultiprocessingOptions
+from ckptkit.options import AsyncOptions, Devices, FileOptions, MultiprocessingOptions
 from ckptkit.registry import Registry
 from ckptkit.saving import Saving, checked_futures
 
@@ -501,11 +501,20 @@ def save_async(path: Path, tree_or_args: Any, *, storage: str | None = None, for
     return SaveHandle(checkpointer)
 
 
-def restore(path: Path, target_or_args: Any = None) -> Any:
-    """What the checkpoint at `path` holds, like a target tree or as a `CheckpointArgs` says where there is one."""
+def restore(path: Path, target_or_args: Any = None, *, devices: Devices | None = None) -> Any:
+    """What the checkpoint at `path` holds, like a target tree or as a `CheckpointArgs` says where there is one.
+
+    Args:
+      path: a path or URL.
+      target_or_args: a target tree, args, or None to restore as saved.
+      devices: opens a tree whose devices are not here: 'local' puts arrays on this process's first device, 'numpy' into host
+        memory; a target's own shardings come first.
+    """
     args = () if target_or_args is None else (target_or_args,)
-    if args and not isinstance(target_or_args, args_lib.CheckpointArgs):
-        args = (args_lib.StandardRestore(target_or_args),)
+    if devices is not None and isinstance(target_or_args, args_lib.CheckpointArgs):
+        raise errors.ArgsError(f"devices={devices!r} goes with a tree; StandardRestore(devices=...) says the same.")
+    if devices is not None or (args and not isinstance(target_or_args, args_lib.CheckpointArgs)):
+        args = (args_lib.StandardRestore(target_or_args, devices=devices),)
     with Checkpointer() as checkpointer:
         return checkpointer.restore(path, *args)
 

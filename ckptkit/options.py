@@ -14,6 +14,7 @@ __all__ = ["AsyncOptions", "FileOptions", "MultiprocessingOptions", "PyTreeMetad
 MAX_CHUNK_BYTE_SIZE = 32 << 20
 """Chunks are no larger than this unless `SaveArgs.chunk_byte_size` says otherwise: reading, checksumming and transfer overlap."""
 
+Devices = Literal["local", "numpy"]
 Casting = Literal["no", "equiv", "safe", "same_kind", "unsafe"]
 
 
@@ -104,6 +105,8 @@ class RestoreDefaults:
       fallback_sharding: a `jax.sharding.Sharding` for arrays whose saved devices are not here.
       casting: numpy's word for the casts allowed from the stored to the requested dtype.
       support_layout: honour the memory layout of a target that carries a `jax.experimental.layout.Format`.
+      devices: where jax.Arrays go for which the target names no sharding: 'local', this process's first device; 'numpy', host
+        memory, as np.ndarray; None, where they were saved.
     """
 
     strict: bool = True
@@ -112,3 +115,4 @@ class RestoreDefaults:
         default="unsafe", validator=attrs.validators.in_(("no", "equiv", "safe", "same_kind", "unsafe"))
     )
     support_layout: bool = False
+    devices: Devices | None = None

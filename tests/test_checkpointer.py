@@ -416,3 +416,18 @@ def test_metadata_waits_for_a_save_in_flight(tmp_path: Path) -> None:
     with ckptkit.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "c", state=TREE)
         assert checkpointer.metadata(tmp_path / "c").item_metadata["w"].shape == (2, 3)
+
+
+def test_one_word_opens_a_checkpoint_on_whatever_devices_are_here(tmp_path: Path) -> None:
+    tree = {"a": jnp.arange(4.0), "k": jax.random.key(3), "n": np.ones(2), "s": 7}
+    ckptkit.save(tmp_path / "c", tree)
+    _with_devices_of_another_machine(tmp_path / "c")
+    with pytest.raises(errors.TopologyError, match=r"devices='local'.*devices='numpy'"):
+        ckptkit.restore(tmp_path / "c")
+    trees.assert_same(ckptkit.restore(tmp_path / "c", devices="local"), tree)
+    host = {**tree, "a": np.arange(4, dtype=np.float32), "k": np.asarray(jax.random.key_data(tree["k"]))}
+    trees.assert_same(ckptkit.restore(tmp_path / "c", devices="numpy"), host)
+    target = {**tree, "a": jax.ShapeDtypeStruct((4,), np.float16)}
+    trees.assert_same(ckptkit.restore(tmp_path / "c", target, devices="numpy"), {**tree, "a": np.arange(4, dtype=np.float16)})
+    with pytest.raises(errors.ArgsError, match="'local', 'numpy' or None"):
+        ckptkit.restore(tmp_path / "c", devices="gpu")

@@ -14,7 +14,7 @@ from ckptkit._gc import paused_gc
 from ckptkit.grid import Array, ArraySpec, Index
 from ckptkit.handlers._legacy import Aggregate, ArraysReader, document_of_names, read_aggregate
 from ckptkit.index import INDEX_FILE, IndexDocument, decode_index
-from ckptkit.leaves.base import LeafSpec, TypeHandler
+from ckptkit.leaves.base import LeafSpec, RestoreArgs, TypeHandler
 from ckptkit.location import Location
 from ckptkit.metadata import arrays as array_documents
 from ckptkit.metadata import sharding as sharding_documents
@@ -191,6 +191,11 @@ class StoredTree:
                 f"or restore into another type with a target.{self._registry.failures_note()}"
             )
         return handler
+
+    def restoring_handler(self, spec: LeafSpec, request: RestoreArgs) -> TypeHandler[Any]:
+        """The type handler that makes what a request names: that of its `restore_type`, or the one that wrote the leaf."""
+        named = None if request.restore_type is None else self._registry.type_handler_for(request.restore_type)
+        return named or self.type_handler(spec)
 
     def _decode_strings(self, data: bytes, where: str) -> Mapping[str, str]:
         names = [entry.name for entry in self.document.entries if entry.value_type == "string" and not entry.skip]

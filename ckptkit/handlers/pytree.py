@@ -191,9 +191,8 @@ def _restore_all(stored: StoredTree, defaults: RestoreDefaults, max_inflight_byt
     for position, entry in enumerate(entries):
         if not is_empty_node(entry):
             _, spec = stored.leaf(entry)
-            handler = stored.type_handler(spec)
-            request = handler.request(None, spec, defaults)
-            items.append(RestoreItem(tree.key_path(entry.keys), spec, handler, request))
+            request = stored.type_handler(spec).request(None, spec, defaults)
+            items.append(RestoreItem(tree.key_path(entry.keys), spec, stored.restoring_handler(spec, request), request))
             positions.append(position)
     values: list[Any] = [None] * len(entries)
     leaves = restore_leaves(items, stored.reader, stored.index, max_inflight_bytes, stored.location.url)

@@ -90,6 +90,7 @@ class StandardCheckpointHandler(AsyncCheckpointHandler):
             fallback_sharding=args.fallback_sharding,
             casting=args.casting,
             support_layout=args.support_layout,
+            devices=args.devices,
         )
         return self._pytree.restore_tree(directory, args.item, typed_by_target=True, defaults=defaults)
 

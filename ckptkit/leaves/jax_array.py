@@ -82,11 +82,17 @@ class JaxArrayHandler(TypeHandler[jax.Array]):
         return staged
 
     def request(self, target: Any, spec: LeafSpec, defaults: RestoreDefaults) -> RestoreArgs:
-        if target is None or (isinstance(target, ArrayMetadata) and _KEY_IMPL in spec.extra):  # it tells of the keys' data only
-            return ArrayRestoreArgs(restore_type=jax.Array, strict=defaults.strict, defaults=defaults)
-        sharding = target.sharding
+        if isinstance(target, ArrayMetadata) and _KEY_IMPL in spec.extra:
+            target = None  # it tells of the keys' data only
+        sharding = None if target is None else target.sharding
         if isinstance(sharding, ShardingMetadata):  # what `metadata()` returned is a target too, on the saved sharding
             sharding = None
+        if sharding is None and defaults.devices is not None and spec.typestr == self.typestr:
+            if defaults.devices == "numpy":
+                return RestoreArgs(restore_type=np.ndarray, dtype=target and target.dtype, target=target, defaults=defaults)
+            sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        if target is None:
+            return ArrayRestoreArgs(restore_type=jax.Array, sharding=sharding, strict=defaults.strict, defaults=defaults)
         if defaults.support_layout and sharding is not None:
             sharding = getattr(target, "format", None) or sharding
         placed = sharding is not None or spec.sharding or (defaults.fallback_sharding and spec.typestr == self.typestr)

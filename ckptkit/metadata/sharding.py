@@ -25,7 +25,10 @@ SHARDING_FILE = "_sharding"
 
 _AXIS_TYPES = {str(kind): kind for kind in AxisType}
 _MAX_AXES = 64  # numpy has no arrays of more
-_ADVICE = "Say where to put the arrays: pass fallback_sharding= to the restore, or a target whose leaves carry shardings."
+_ADVICE = (
+    "Say where to put the arrays: pass devices='local' (the first device here), devices='numpy' or fallback_sharding= to the "
+    "restore, or a target whose leaves carry shardings."
+)
 
 
 @attrs.frozen
