@@ -11,6 +11,7 @@ import attrs
 import numpy as np
 
 from ckptkit import errors, reports
+from ckptkit._gc import paused_gc
 from ckptkit.grid import Array, ArraySpec, Index, chunk_indices, index_nbytes, index_shape
 from ckptkit.index import IndexDocument
 from ckptkit.leaves.base import LeafSpec, Problem, RestoreArgs, TypeHandler
@@ -74,6 +75,7 @@ def restore_leaves(
     return leaves
 
 
+@paused_gc()
 def _needs(items: Sequence[RestoreItem], where: str) -> list[Sequence[Index]]:
     needs: list[Any] = [None] * len(items)
     for handler, members in _grouped(items).items():
@@ -178,6 +180,7 @@ class _Reading(NamedTuple):
     future: Future[None]
 
 
+@paused_gc()
 def _start_reading(batch: _Batch, items: Sequence[RestoreItem], needs: Sequence[Sequence[Index]], reader: Reader) -> _Reading:
     parts: list[dict[Index, Array]] = []
     fetched: list[_Fetched] = []
@@ -252,6 +255,7 @@ def _verify(reading: _Reading, index: IndexDocument | None, where: str) -> None:
         )
 
 
+@paused_gc()
 def _assemble(reading: _Reading, items: Sequence[RestoreItem]) -> Sequence[Any]:
     members = [items[i] for i in reading.batch.positions]
     handler = members[0].handler

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import attrs
 
 from ckptkit import errors, reports
+from ckptkit._gc import paused_gc
 from ckptkit.grid import Array, Chunk, index_shape
 from ckptkit.index import Checksums
 from ckptkit.leaves.base import TypeHandler
@@ -108,7 +109,8 @@ def start_save(
             budget.acquire(batch.held)
             if result.done():
                 break
-            staged = handler.stage([(values[i], spec, cell) for i, spec, cell in batch.pieces])
+            with paused_gc():
+                staged = handler.stage([(values[i], spec, cell) for i, spec, cell in batch.pieces])
             batches.put(_Staged(handler, batch, staged))
     except BaseException:
         result.cancel()
