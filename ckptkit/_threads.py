@@ -32,10 +32,19 @@ class Workers:
         future: Future[T] = Future()
         self._calls.put((future, lambda: function(*args)))
         if len(self._threads) < self._count:
-            thread = threading.Thread(target=self._run, name=f"{self._name}-{len(self._threads)}", daemon=False)
-            self._threads.append(thread)
-            thread.start()
+            self._start_thread()
         return future
+
+    def _start_thread(self) -> None:
+        thread = threading.Thread(target=self._run, name=f"{self._name}-{len(self._threads)}", daemon=False)
+        try:
+            thread.start()
+        except RuntimeError:  # Python 3.12 starts none once the main thread has ended, and a process may have too many
+            if not self._threads:
+                self._calls.put(None)
+                self._run()
+        else:
+            self._threads.append(thread)
 
     def close(self, *, cancel: bool = False) -> None:
         """Waits until every call has ended; `cancel` drops those that have not begun."""

@@ -48,3 +48,12 @@ threading.Thread(target=late).start()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (0, "3\n"), done.stderr
+
+
+def test_without_a_thread_the_caller_does_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with Workers(2, "test") as workers:
+        assert [workers.submit(pow, 2, n).result() for n in range(3)] == [1, 2, 4]
