@@ -135,9 +135,10 @@ class Checkpointer:
         while True:
             location = choosing.resolved(registry.location(directory))
             identity = commit.identity(location)
-            handler, restore_args = self._restore_handler(registry, location, args, kwargs)
             tracker = reports.Tracker("restore", location.url, self._notifier.progress)
+            handler = self._handler
             try:
+                handler, restore_args = self._restore_handler(registry, location, args, kwargs)
                 with reports.tracking(tracker):
                     restored = handler.restore(epath.Path(location.url), args=restore_args)
             except errors.CheckpointError:
@@ -148,7 +149,7 @@ class Checkpointer:
                     break
             finally:
                 tracker.finish()
-                if handler is not self._handler:
+                if handler is not None and handler is not self._handler:
                     handler.close()
             # Another checkpoint took this one's place meanwhile, and files were opened by path: start over with the new one.
         self._notifier.restored(
@@ -287,7 +288,9 @@ class AsyncCheckpointer(Checkpointer):
             file_options=file_options,
             observers=observers,
         )
-        self._options = async_options or (AsyncOptions() if timeout_secs is None else AsyncOptions(timeout_secs=timeout_secs))
+        self._options = async_options or AsyncOptions()
+        if timeout_secs is not None:
+            self._options = attrs.evolve(self._options, timeout_secs=timeout_secs)
         self._thread: threading.Thread | None = None
         self._saving = threading.Lock()  # one save at a time, whoever calls
         self.unseen_error: BaseException | None = None
