@@ -25,15 +25,15 @@ if TYPE_CHECKING:
     from ckptkit import storage as storage
     from ckptkit import type_handlers as type_handlers
     from ckptkit import utils as utils
+    from ckptkit.async_checkpointer import AsyncCheckpointer as AsyncCheckpointer
     from ckptkit.checkpoint_utils import PLACEHOLDER as PLACEHOLDER
     from ckptkit.checkpoint_utils import construct_restore_args as construct_restore_args
-    from ckptkit.checkpointer import AsyncCheckpointer as AsyncCheckpointer
     from ckptkit.checkpointer import Checkpointer as Checkpointer
-    from ckptkit.checkpointer import PyTreeCheckpointer as PyTreeCheckpointer
-    from ckptkit.checkpointer import StandardCheckpointer as StandardCheckpointer
-    from ckptkit.checkpointer import restore as restore
-    from ckptkit.checkpointer import save as save
-    from ckptkit.checkpointer import save_async as save_async
+    from ckptkit.everyday import PyTreeCheckpointer as PyTreeCheckpointer
+    from ckptkit.everyday import StandardCheckpointer as StandardCheckpointer
+    from ckptkit.everyday import restore as restore
+    from ckptkit.everyday import save as save
+    from ckptkit.everyday import save_async as save_async
     from ckptkit.handlers.array import ArrayCheckpointHandler as ArrayCheckpointHandler
     from ckptkit.handlers.base import AsyncCheckpointHandler as AsyncCheckpointHandler
     from ckptkit.handlers.base import CheckpointHandler as CheckpointHandler
@@ -60,7 +60,7 @@ else:
             "ArrayCheckpointHandler": "ckptkit.handlers.array",
             "ArrayRestoreArgs": "ckptkit.leaves.base",
             "AsyncCheckpointHandler": "ckptkit.handlers.base",
-            "AsyncCheckpointer": "ckptkit.checkpointer",
+            "AsyncCheckpointer": "ckptkit.async_checkpointer",
             "AsyncOptions": "ckptkit.options",
             "CheckpointHandler": "ckptkit.handlers.base",
             "Checkpointer": "ckptkit.checkpointer",
@@ -70,12 +70,12 @@ else:
             "NumpyRandomKeyCheckpointHandler": "ckptkit.handlers.random_key",
             "PLACEHOLDER": "ckptkit.checkpoint_utils",
             "PyTreeCheckpointHandler": "ckptkit.handlers.pytree",
-            "PyTreeCheckpointer": "ckptkit.checkpointer",
+            "PyTreeCheckpointer": "ckptkit.everyday",
             "Registry": "ckptkit.registry",
             "RestoreArgs": "ckptkit.leaves.base",
             "SaveArgs": "ckptkit.leaves.base",
             "StandardCheckpointHandler": "ckptkit.handlers.standard",
-            "StandardCheckpointer": "ckptkit.checkpointer",
+            "StandardCheckpointer": "ckptkit.everyday",
             "StorageBackend": "ckptkit.storage.base",
             "TypeHandler": "ckptkit.leaves.base",
             "args": "ckptkit.args",
@@ -92,9 +92,9 @@ else:
             "options": "ckptkit.options",
             "progress": "ckptkit.progress",
             "reports": "ckptkit.reports",
-            "restore": "ckptkit.checkpointer",
-            "save": "ckptkit.checkpointer",
-            "save_async": "ckptkit.checkpointer",
+            "restore": "ckptkit.everyday",
+            "save": "ckptkit.everyday",
+            "save_async": "ckptkit.everyday",
             "storage": "ckptkit.storage",
             "type_handlers": "ckptkit.type_handlers",
             "utils": "ckptkit.utils",
