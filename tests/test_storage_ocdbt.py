@@ -193,7 +193,7 @@ def test_no_array_at_all_is_a_database_all_the_same(location):
 
 @pytest.mark.parametrize("place", [FileLocation, PlaceWithoutPath])
 def test_a_database_of_many_nodes_is_listed_whole(tmp_path, monkeypatch, place):
-    monkeypatch.setattr(_ocdbt_nodes, "_MAX_NODE_NBYTES", 2000)
+    monkeypatch.setattr(_ocdbt_nodes, "_MAX_NODE_NBYTES", 500)
     location = place(tmp_path)
     arrays = {f"layer.{i:03d}": array((100,), seed=i) for i in range(500)}
     write(location, arrays)
@@ -596,7 +596,8 @@ def run_limited(tmp_path, body):
         chunks = [Chunk(spec, ((0, spec.shape[0]),), np.ones(spec.shape, "u1")) for spec in specs]
     """
     script = textwrap.dedent(program) + textwrap.dedent(body)
-    return subprocess.run([sys.executable, "-c", script, *["900000"] * 50], capture_output=True, text=True, timeout=120, check=True).stdout
+    command = [sys.executable, "-c", script, *["900000"] * 50]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
 def test_a_full_disk_surfaces_with_its_number(tmp_path):

@@ -20,7 +20,7 @@ __all__ = ["DataFiles", "data_files"]
 
 # Linux caches a file in pieces as large as the calls that write it, and finds those of 2 MiB ten times more slowly
 # wherever memory is in fragments: 200 ms instead of 15 ms for 58 MB, in half of the processes.
-_CALL_NBYTES: Final = 1 << 20
+_CALL_NBYTES: Final = 1 << 26
 _MAX_BUFFERS_PER_CALL: Final = 1024  # IOV_MAX on Linux and macOS
 
 _FILE_NBYTES: Final = 2 << 30

@@ -35,19 +35,23 @@ class OcdbtWriter(Writer):
         self._documents: dict[str, tuple[int, bytes, Document]] = {}
         version: Version = 3 if options.use_zarr3 else 2
         name = DOCUMENT_NAMES[version].encode()
-        described = []
+        stored: dict[bytes, Place] = {}  # a model has thousands of arrays and dozens of shapes
         for group, (array, document, data) in enumerate(documented(arrays, version, options.compression)):
             prefix = key_prefix(array.name).encode()
             self._documents[array.name] = group, prefix, document
-            described.append((group, prefix, name, np.frombuffer(data, np.uint8)))
-        self._add(described)
+            if data not in stored:
+                stored[data] = self._store(data)
+            self._entries.append(Entry(prefix + name, stored[data], group, len(prefix)))
 
     def write(self, chunks: Sequence[Chunk]) -> Future[None]:
         values = []
         for chunk in chunks:
             group, prefix, document = self._documents[chunk.array.name]
             values.append((group, prefix, document.chunk_key(chunk.index).encode(), self._encoded(chunk, document)))
-        self._add(values)
+        places = iter(self._files.append([value for *_, value in values if value.size > MAX_INLINE_NBYTES]))
+        for group, prefix, key, value in values:
+            place = next(places) if value.size > MAX_INLINE_NBYTES else value.tobytes()
+            self._entries.append(Entry(prefix + key, place, group, len(prefix)))
         return done()
 
     def commit(self) -> None:
@@ -60,15 +64,8 @@ class OcdbtWriter(Writer):
         self._files.close()
         self._entries.clear()
 
-    def _add(self, values: Sequence[tuple[int, bytes, bytes, Bytes]]) -> None:
-        """Stores values, each given by its group, prefix and rest of its key, and its bytes."""
-        places = iter(self._files.append([value for *_, value in values if value.size > MAX_INLINE_NBYTES]))
-        for group, prefix, rest, value in values:
-            stored = next(places) if value.size > MAX_INLINE_NBYTES else value.tobytes()
-            self._entries.append(Entry(prefix + rest, stored, group, len(prefix)))
-
-    def _store(self, node: bytes) -> Place:
-        return self._files.append([np.frombuffer(node, np.uint8)])[0]
+    def _store(self, value: bytes) -> Place:
+        return self._files.append([np.frombuffer(value, np.uint8)])[0]
 
     def _encoded(self, chunk: Chunk, document: Document) -> Bytes:
         try:
