@@ -231,7 +231,7 @@ class _Wanted:
         if target is not None and restore_args is not None:
             requests = tree.flatten_alike(structure, restore_args, "restore_args")
         entries = {tree.key_path(entry.keys): entry for entry in self._stored.document.entries}
-        paths = [tree.key_path(keys) for keys in structure.keys]
+        paths = structure.paths
         missing = [str(path) for path, value in zip(paths, values, strict=True) if path not in entries and value is not ...]
         unexpected = [] if partial else [str(path) for path in entries.keys() - set(paths)]
         mismatched: list[str] = []
