@@ -1,5 +1,36 @@
 """Storage backends: what an author of one needs."""
 
-from ckptkit.storage.base import ArraySpec, Chunk, Index, Reader, StorageBackend, Writer, chunk_count, chunk_indices, whole
+from ckptkit._threads import Workers
+from ckptkit.location import Location, mapped_os_errors
+from ckptkit.processes import Job
+from ckptkit.storage._futures import joined
+from ckptkit.storage.base import (
+    ArraySpec,
+    Chunk,
+    Index,
+    PartialReader,
+    Reader,
+    StorageBackend,
+    Writer,
+    chunk_count,
+    chunk_indices,
+    whole,
+)
 
-__all__ = ["ArraySpec", "Chunk", "Index", "Reader", "StorageBackend", "Writer", "chunk_count", "chunk_indices", "whole"]
+__all__ = [
+    "ArraySpec",
+    "Chunk",
+    "Index",
+    "Job",
+    "Location",
+    "PartialReader",
+    "Reader",
+    "StorageBackend",
+    "Workers",
+    "Writer",
+    "chunk_count",
+    "chunk_indices",
+    "joined",
+    "mapped_os_errors",
+    "whole",
+]
