@@ -230,27 +230,28 @@ class _Wanted:
         requests = values if target is None else [None] * len(values)
         if target is not None and restore_args is not None:
             requests = tree.flatten_alike(structure, restore_args, "restore_args")
-        entries = {tree.key_path(entry.keys): entry for entry in self._stored.document.entries}
-        paths = [tree.key_path(keys) for keys in structure.keys]
-        missing = [str(path) for path, value in zip(paths, values, strict=True) if path not in entries and value is not ...]
+        entries = {self._stored.path(entry.keys): entry for entry in self._stored.document.entries}
+        paths = [self._stored.path(keys) for keys in structure.keys]
+        absent = [(path, value) for path, value in zip(paths, values, strict=True) if path not in entries and value is not ...]
+        missing = [str(path) for path, value in absent if not (self._stored.only_names and tree.is_empty_node(value))]
         unexpected = [] if partial else [str(path) for path in entries.keys() - set(paths)]
         mismatched: list[str] = []
         if not missing:
             for position, (path, value) in enumerate(zip(paths, values, strict=True)):
                 self.values.append(value)
                 if value is ... or (
-                    target is not None and (value is None or self._is_empty_too(path, entries[path], value, mismatched))
+                    target is not None and (value is None or self._is_empty_too(path, entries.get(path), value, mismatched))
                 ):
                     continue
                 self._add(position, path, entries[path], value if target is not None else None, requests[position], mismatched)
         self._refuse(missing, sorted(unexpected), mismatched)
         return structure
 
-    def _is_empty_too(self, path: tuple[str, ...], entry: Entry, value: Any, mismatched: list[str]) -> bool:
+    def _is_empty_too(self, path: tuple[str, ...], entry: Entry | None, value: Any, mismatched: list[str]) -> bool:
         """Whether the target has an empty node here; one where a leaf is stored does not fit."""
         if not tree.is_empty_node(value):
             return False
-        if not is_empty_node(entry):
+        if entry is not None and not is_empty_node(entry):
             mismatched.append(
                 f"{path}: an empty {type(value).__name__} was asked for, but a leaf is stored; None leaves it unread"
             )
