@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import jax
@@ -40,7 +40,7 @@ class PyTreeCheckpointHandler(AsyncCheckpointHandler):
 
     further_typestrs = ("orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTreeHandler",)
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what Orbax takes, and where the bytes go
         self,
         *,
         save_concurrent_gb: float | None = None,
@@ -51,6 +51,7 @@ class PyTreeCheckpointHandler(AsyncCheckpointHandler):
         use_zarr3: bool = False,
         use_compression: bool = False,
         storage: str | None = None,
+        target_data_file_size: int | None = None,
     ) -> None:
         """Sets what holds for every save and restore of this handler.
 
@@ -65,17 +66,22 @@ class PyTreeCheckpointHandler(AsyncCheckpointHandler):
           use_compression: compress chunks with zstd at level 1: less on disk for values that repeat, several times slower, and
             8 % smaller for random floats, which is why this is off unless asked for (Orbax compresses unless told not to).
           storage: name of the storage backend; 'ocdbt' where it is None.
+          target_data_file_size: bytes after which a backend that packs arrays into files starts the next; None is the backend's
+            own default.
 
         Raises:
-          errors.ArgsError: a bound that is not above 0.
+          errors.ArgsError: a bound or a size that is not above 0.
         """
         self._save_bytes = _bytes("save_concurrent_gb", save_concurrent_gb)
         self._restore_bytes = _bytes("restore_concurrent_gb", restore_concurrent_gb)
         self._multiprocessing_options = multiprocessing_options or MultiprocessingOptions()
         self._rich = (pytree_metadata_options or PyTreeMetadataOptions()).support_rich_types
         self._storage = storage or ("ocdbt" if use_ocdbt else "zarr")
-        self._use_zarr3 = use_zarr3
-        self._compression: Literal["zstd"] | None = "zstd" if use_compression else None
+        self._options = StorageOptions(
+            use_zarr3=use_zarr3,
+            compression="zstd" if use_compression else None,
+            target_data_file_size=target_data_file_size,
+        )
 
     @classmethod
     def typestr(cls) -> str:
@@ -95,11 +101,9 @@ class PyTreeCheckpointHandler(AsyncCheckpointHandler):
         """What `async_save` does, for leaves as `rules` want them."""
         registry = discovery.ready(self.registry)
         custom_metadata = checked_custom(args.custom_metadata, "custom_metadata")
-        options = StorageOptions(
-            use_zarr3=self._use_zarr3,
-            compression=self._compression,
-            target_data_file_size=args.ocdbt_target_data_file_size,
-        )
+        options = self._options
+        if args.ocdbt_target_data_file_size is not None:
+            options = attrs.evolve(options, target_data_file_size=args.ocdbt_target_data_file_size)
         with paused_gc():
             plan, values = plan_save(
                 args.item, args.save_args, registry, registry.storage(self._storage), options, self._save_bytes, rules
