@@ -65,7 +65,7 @@ class Tensor(NamedTuple):
 
 
 def order(arrays: Sequence[ArraySpec]) -> list[ArraySpec]:
-    """The arrays as they follow on each other in a file: those of larger items first, so that each begins at a multiple of them."""
+    """The arrays as they follow on each other in a file: larger items first, so that each begins at a multiple of its own."""
     return sorted(arrays, key=lambda array: -array.dtype.itemsize)
 
 
@@ -77,13 +77,13 @@ def data_nbytes(arrays: Sequence[ArraySpec]) -> int:
 def encode(arrays: Sequence[ArraySpec]) -> tuple[bytes, dict[str, Tensor]]:
     """What stands before the arrays in a file that holds them in this order, and where each lies behind it.
 
-    The chunks that checksums were taken of are recorded where an array has more than one. The format is called 'pt', as by most
+    The chunks that checksums were taken of are recorded where an array is not one chunk. The format is called 'pt', as by most
     writers: transformers refuses files that do not say one it knows.
 
     Raises:
       errors.ArgsError: the header would be larger than the library reads.
     """
-    chunks = {array.name: array.chunk_shape for array in arrays if chunk_count(array) > 1}
+    chunks = {array.name: array.chunk_shape for array in arrays if array.chunk_shape != _one_chunk(array.shape)}
     document: dict[str, Any] = {METADATA_KEY: {"format": "pt", **({_CHUNKS_KEY: _dump(chunks)} if chunks else {})}}
     tensors, start = {}, 0
     for array in arrays:
@@ -99,6 +99,10 @@ def encode(arrays: Sequence[ArraySpec]) -> tuple[bytes, dict[str, Tensor]]:
             "a safetensors file may have; set a smaller target_data_file_size."
         )
     return len(text).to_bytes(LENGTH_NBYTES, "little") + text, tensors
+
+
+def _one_chunk(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple([max(1, n) for n in shape])
 
 
 def _dump(document: Any) -> str:
@@ -150,7 +154,7 @@ def _tensor(name: str, entry: Any, where: str) -> Tensor:
         raise _malformed(name, entry, f"a dtype among {', '.join(DTYPES)}", where)
     if not isinstance(shape, list) or len(shape) > _MAX_RANK or not all(type(n) is int and n >= 0 for n in shape):
         raise _malformed(name, entry, f"a shape of at most {_MAX_RANK} lengths", where)
-    cell = tuple([max(1, n) for n in shape])
+    cell = _one_chunk(shape)
     if math.prod(cell) * dtype.itemsize >= 1 << 63:  # of an empty array too: numpy refuses more
         raise _malformed(name, entry, "a shape that fits into memory", where)
     array = ArraySpec(name, tuple(shape), dtype, cell)

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 
 import numpy as np
 
-from ckptkit.storage import ArraySpec, Chunk, Index, Workers, Writer, joined, mapped_os_errors
+from ckptkit.storage import ArraySpec, Chunk, Index, Workers, Writer, joined, mapped_os_errors, whole
 from ckptkit_safetensors.extents import Extent, cut, extents, inside, move, row_axis, tasks, widened
 from ckptkit_safetensors.files import INDEX_FILE, Place, encode_index, file_names, split
 from ckptkit_safetensors.header import data_nbytes, encode, order
@@ -68,9 +68,7 @@ class SafetensorsWriter(Writer):
     def _create(self, path: str, arrays: Sequence[ArraySpec]) -> None:
         """A file with its header, as long as it will be."""
         header, tensors = encode(arrays)
-        with mapped_os_errors(path, "write"), open(path, "xb", buffering=1 << 20) as file:
-            file.write(header)
-            file.truncate(len(header) + data_nbytes(arrays))
+        _make(path, header, len(header) + data_nbytes(arrays))
         self._places |= {name: Place(tensor.array, path, len(header) + tensor.start) for name, tensor in tensors.items()}
 
     def _raise_what_failed(self) -> None:
@@ -95,6 +93,14 @@ class SafetensorsWriter(Writer):
                         move(os.pwritev, descriptor, found)
                     finally:
                         os.close(descriptor)
+
+
+def _make(path: str, header: bytes, size: int) -> None:
+    """A new file of `size` bytes that begins with a header."""
+    with mapped_os_errors(path, "write"), open(path, "xb", buffering=0) as file:
+        os.truncate(file.fileno(), size)
+        index = whole((len(header),))
+        move(os.pwritev, file.fileno(), extents(0, (len(header),), index, np.frombuffer(header, np.uint8)))
 
 
 def _write(path: str, task: list[Extent]) -> None:
