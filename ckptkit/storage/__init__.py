@@ -1,6 +1,7 @@
-"""Storage backends: what an author of one needs."""
+"""Storage backends and places: what an author of one needs."""
 
 from ckptkit._threads import Workers
+from ckptkit.grid import fit_chunk_shape
 from ckptkit.location import Location, mapped_os_errors
 from ckptkit.processes import Job
 from ckptkit.storage._futures import joined
@@ -30,6 +31,7 @@ __all__ = [
     "Writer",
     "chunk_count",
     "chunk_indices",
+    "fit_chunk_shape",
     "joined",
     "mapped_os_errors",
     "whole",
