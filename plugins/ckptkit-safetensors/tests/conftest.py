@@ -1,23 +1,23 @@
-"""Eight CPU devices, so that sharding is tested everywhere, and the plugin loaded as a package that is installed."""
+"""The fixtures of ckptkit's conformance suite: eight CPU devices among them, so that sharding is tested everywhere."""
 
 from __future__ import annotations
 
-import os
-
-# jax reads these when it starts, so they come before anything imports it.
-os.environ["JAX_PLATFORMS"] = "cpu"
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
-
 import hypothesis
-import jax
 import pytest
+
+# Imported rather than named in pytest_plugins, which pytest takes from the topmost conftest.py alone: this suite may be run with
+# others. It comes before jax, since it says which devices jax starts with.
+from ckptkit.testing.fixtures import devices, location, new_location, registry
+
+__all__ = ["devices", "location", "mesh", "new_location", "registry"]
 
 hypothesis.settings.register_profile("ckptkit-safetensors", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("ckptkit-safetensors")
 
 
 @pytest.fixture
-def mesh() -> jax.sharding.Mesh:
+def mesh(devices):
     """The eight devices as 4 x 2, axes 'x' and 'y'."""
+    import jax
+
     return jax.make_mesh((4, 2), ("x", "y"))

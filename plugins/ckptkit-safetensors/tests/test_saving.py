@@ -25,6 +25,7 @@ from ckptkit import errors
 from ckptkit.args import Composite, PyTreeSave, StandardSave
 from ckptkit.options import StorageOptions
 from ckptkit.storage import ArraySpec, Chunk, Job, chunk_indices
+from ckptkit.testing import assert_same
 from ckptkit_safetensors import SafetensorsBackend
 from ckptkit_safetensors.header import DTYPES
 
@@ -71,17 +72,6 @@ def tree(mesh):
         "none": None,
         "a.b/../c": np.arange(3),
     }
-
-
-def assert_same(found, expected):
-    for (path, a), (_, b) in zip(*(jax.tree_util.tree_leaves_with_path(t) for t in (found, expected)), strict=True):
-        assert type(a) is type(b), path
-        if isinstance(b, jax.Array):
-            assert a.sharding == b.sharding, path
-            if jnp.issubdtype(b.dtype, jax.dtypes.prng_key):
-                a, b = jax.random.key_data(a), jax.random.key_data(b)  # noqa: PLW2901 - the same leaf as numbers
-        a, b = np.asarray(a), np.asarray(b)  # noqa: PLW2901 - the same
-        assert (a.shape, a.dtype, a.tobytes()) == (b.shape, b.dtype, b.tobytes()), path
 
 
 # What is saved comes back.
