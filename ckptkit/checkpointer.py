@@ -114,7 +114,7 @@ class Checkpointer:
         start = time.monotonic()
         registry = discovery.ready(self._registry)
         while True:
-            location = choosing.resolved(registry.location(directory))
+            location = choosing.resolved(registry, registry.location(directory))
             identity = commit.identity(location)
             tracker = reports.Tracker("restore", location.url, self._notifier.progress)
             handler = self._handler
@@ -152,7 +152,7 @@ class Checkpointer:
         """
         self._check_open()
         registry = discovery.ready(self._registry)
-        location = choosing.resolved(registry.location(directory))
+        location = choosing.resolved(registry, registry.location(directory))
         step = choosing.step_metadata(location)
         handler = self._handler or choosing.stored_handler(registry, location, self._registry)
         try:

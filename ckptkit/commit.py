@@ -47,7 +47,7 @@ def resolve(location: FileLocation) -> FileLocation:
     if os.path.isdir(path + _ASIDE_SUFFIX):
         return FileLocation(path + _ASIDE_SUFFIX)
     if os.path.exists(path):
-        raise errors.NotFoundError(errno.ENOTDIR, "a checkpoint is a directory, this is a file", path)
+        raise errors.NotFoundError(errno.ENOTDIR, "this is a file, and no storage backend recognises it", path)
     raise errors.NotFoundError(errno.ENOENT, f"no checkpoint here; {_neighbours(path)}", path)
 
 

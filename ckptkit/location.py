@@ -64,7 +64,7 @@ class Location(abc.ABC):
 
     @abc.abstractmethod
     def names(self) -> Mapping[str, bool]:
-        """What is in the directory: name -> whether it is a directory. Empty where it does not exist."""
+        """What is in the directory: name -> whether it is a directory. Empty where it does not exist, or is a file."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url!r})"
@@ -124,7 +124,7 @@ class FileLocation(Location):
         try:
             with os.scandir(self._path) as entries:
                 return {entry.name: entry.is_dir() for entry in entries}
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):  # a checkpoint may be a single file
             return {}
         except OSError as error:
             raise errors.StorageError(error.errno, f"cannot list: {error.strerror}", self._path) from error

@@ -1,9 +1,22 @@
 """Storage backends and places: what an author of one needs."""
 
+from ckptkit._threads import Workers
 from ckptkit.grid import fit_chunk_shape
-from ckptkit.location import Location
+from ckptkit.location import Location, mapped_os_errors
 from ckptkit.processes import Job
-from ckptkit.storage.base import ArraySpec, Chunk, Index, Reader, StorageBackend, Writer, chunk_count, chunk_indices, whole
+from ckptkit.storage._futures import joined
+from ckptkit.storage.base import (
+    ArraySpec,
+    Chunk,
+    Index,
+    PartialReader,
+    Reader,
+    StorageBackend,
+    Writer,
+    chunk_count,
+    chunk_indices,
+    whole,
+)
 
 __all__ = [
     "ArraySpec",
@@ -11,11 +24,15 @@ __all__ = [
     "Index",
     "Job",
     "Location",
+    "PartialReader",
     "Reader",
     "StorageBackend",
+    "Workers",
     "Writer",
     "chunk_count",
     "chunk_indices",
     "fit_chunk_shape",
+    "joined",
+    "mapped_os_errors",
     "whole",
 ]
