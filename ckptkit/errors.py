@@ -18,6 +18,7 @@
     ├── StorageError             (OSError)            the disk or the store failed
     ├── BusyError                (RuntimeError)       another writer holds the destination
     ├── TimeoutError             (builtins.TimeoutError)         a wait that has an end came to it
+    ├── ProcessError             (RuntimeError)       another process failed, or does not do the same
     ├── ClosedError              (RuntimeError)       use after `close()`
     └── AsyncSaveError           (RuntimeError)       a background save failed with something that is not ours
 
@@ -43,6 +44,7 @@ __all__ = [
     "IncompleteError",
     "NotFoundError",
     "PluginError",
+    "ProcessError",
     "RegistryError",
     "StorageError",
     "TargetError",
@@ -125,7 +127,17 @@ class BusyError(CheckpointError, RuntimeError):
 
 
 class TimeoutError(CheckpointError, builtins.TimeoutError):  # noqa: A001 - the field's word; always used as errors.TimeoutError
-    """Waiting took longer than the caller allowed."""
+    """Waiting took longer than the caller allowed.
+
+    Attributes:
+      missing: the processes that were waited for, where it was for others of the job.
+    """
+
+    missing: tuple[int, ...] = ()
+
+
+class ProcessError(CheckpointError, RuntimeError):
+    """Another process of the job failed with something that is not a `CheckpointError`, or the processes do not do the same."""
 
 
 class ClosedError(CheckpointError, RuntimeError):

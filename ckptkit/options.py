@@ -50,12 +50,15 @@ class MultiprocessingOptions:
     Attributes:
       primary_host: index of the process that writes metadata and commits.
       active_processes: indices of the processes that take part; None means all.
-      barrier_sync_key_prefix: put before the names of barriers.
+      barrier_sync_key_prefix: put before the names of barriers; needed where several threads save at once.
+      timeout_secs: after so long without a sign of life from a process, the others give up the save. Below the 100 s after which
+        JAX itself ends a job that lost a process (`jax.distributed.initialize(heartbeat_timeout_seconds=)`).
     """
 
     primary_host: int | None = 0
     active_processes: set[int] | None = None
     barrier_sync_key_prefix: str | None = None
+    timeout_secs: float = attrs.field(default=60, validator=_positive)
 
 
 @attrs.frozen(kw_only=True)

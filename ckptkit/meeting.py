@@ -1,0 +1,391 @@
+"""Where the processes of a job meet while they save together, on the key-value store of JAX's coordination service.
+
+No device takes part, so that a save in the background disturbs no training step. At each point of a save every process brings
+something (`gather`), and the primary tells what came of it (`tell`, `hear`). Keys lie below one prefix per save, which the
+primary deletes once all have come to a later one:
+
+    <root>/seen/<process>        the process was here; one that finds its own was started again
+    <root>/now                   the number of the primary's newest save, and 'open' or 'over'
+    <root>/<number>/<point>/<process>, .../word       what each brought, and the primary's answer
+    <root>/<number>/failed/<process>                  what went wrong there
+    <root>/<number>/alive/<process>                   changes while the process is at it
+    <root>/<number>/ended/<process>                   the process writes no more
+
+Whoever waits looks for failures of others, and for processes that give no sign of life for `timeout_secs`; no clock is
+compared with another machine's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent import futures
+from contextvars import ContextVar
+from typing import Any, Final
+from urllib.parse import quote
+
+import attrs
+
+from ckptkit import errors
+from ckptkit._coordination import Store
+from ckptkit.processes import Job, coordination_client
+
+__all__ = ["Meeting", "attending", "convene", "current_meeting", "on_primary"]
+
+_FIRST_PAUSE_SECS: Final = 0.001
+_LAST_PAUSE_SECS: Final = 0.1
+_PATIENCE: Final = 20
+"""A process that lives, but does not come within so many times `timeout_secs`, is given up too: nothing waits for ever."""
+
+_ENDING_SECS: Final = 10.0
+"""How long the primary waits, after a failure, for others to stop writing before it removes what they wrote."""
+
+
+class Meeting:
+    """One save of several processes; of a single one, where nothing is sent or awaited."""
+
+    def __init__(self, job: Job | None = None, prefix: str = "", timeout_secs: float = 60) -> None:
+        """Begins to give signs of life, until `end`.
+
+        Args:
+          job: who takes part; None for one process.
+          prefix: of this save's keys.
+          timeout_secs: after so long without a sign of life a process counts as lost.
+        """
+        self.job = job or Job()
+        self.timeout_secs = timeout_secs
+        self._prefix = prefix
+        self._store = Store(coordination_client()) if self.job.others else None
+        self._failed = False  # it was told to others, or heard from them
+        self._over = threading.Event()
+        if self._store is not None:
+            threading.Thread(target=self._live, name="ckptkit-alive", daemon=True).start()
+
+    def gather(self, point: str, brought: bytes = b"") -> Mapping[int, bytes] | None:
+        """What every process brought, by its index, on the primary, once all have come; None on others, which do not wait.
+
+        Raises:
+          errors.TimeoutError: names those that did not come, nor gave a sign of life.
+          errors.CheckpointError: what went wrong on another process.
+        """
+        if self._store is None:
+            return {self.job.process_index: brought}
+        if not self.job.is_primary:
+            self._store.set(f"{self._prefix}/{point}/{self.job.process_index}", brought)
+            return None
+        found = {self.job.process_index: brought}
+        watch = _Watch(self._beats, self.timeout_secs)
+        for pause in _pauses():
+            found |= self._listed(point)
+            missing = [process for process in self.job.processes if process not in found]
+            if not missing:
+                return found
+            self.raise_failure()
+            self._raise_lost(watch.lost(missing), point)
+            time.sleep(pause)
+        raise AssertionError
+
+    def tell(self, point: str, word: bytes = b"") -> None:
+        """The primary's answer to all others."""
+        if self._store is not None:
+            self._store.set(f"{self._prefix}/{point}/word", word)
+
+    def hear(self, point: str) -> bytes:
+        """The primary's answer, once there is one; raises what `gather` raises."""
+        assert self._store is not None
+        watch = _Watch(self._beats, self.timeout_secs)
+        while True:
+            if (word := self._store.wait(f"{self._prefix}/{point}/word", self._slice_secs)) is not None:
+                return word
+            self.raise_failure()
+            self._raise_lost(watch.lost([self.job.primary]), point)
+
+    def agree(self, point: str, facts: Mapping[str, Any]) -> None:
+        """Compares what each process says, by name; the primary raises, and others hear of it at their next `hear`.
+
+        Raises:
+          errors.ProcessError: names what differs, and on which processes.
+        """
+        gathered = self.gather(point, json.dumps(facts).encode())
+        if gathered is None or len(gathered) == 1:
+            return
+        said = {process: json.loads(brought) for process, brought in gathered.items()}
+        differing = [name for name in facts if any(each.get(name) != facts[name] for each in said.values())]
+        if differing:
+            lines = [f"{name}: {_by_value({p: each.get(name) for p, each in said.items()})}" for name in differing]
+            raise errors.ProcessError(
+                f"the processes of the job do not save the same, so nothing was saved:{errors.listing(lines)}\nEvery process "
+                "must call save with the same path, and a tree of the same kind."
+            )
+
+    def wait(self, writing: Sequence[futures.Future[Any]]) -> None:
+        """Waits until everything is done; raises what went wrong with it, or elsewhere."""
+        pending = set(writing) if self._store is not None else set()
+        while pending:
+            done, pending = futures.wait(pending, self._slice_secs, futures.FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+            if pending:
+                self.raise_failure()
+        for future in writing:
+            future.result()
+
+    def fail(self, error: BaseException) -> None:
+        """Tells the others, if they do not know yet; never raises, since it runs where something else went wrong."""
+        if self._store is not None and not self._failed:
+            self._failed = True
+            with contextlib.suppress(errors.CheckpointError):
+                self._store.set(f"{self._prefix}/failed/{self.job.process_index}", _encoded(error))
+
+    def raise_failure(self) -> None:
+        """Raises what went wrong on another process, if anything did."""
+        if self._store is None:
+            return
+        failures = {p: record for p, record in self._listed("failed").items() if p != self.job.process_index}
+        if failures:
+            self._failed = True
+            raise _decoded(self._prefix, *min(failures.items()))
+
+    def await_ends(self, known: BaseException) -> None:
+        """On the primary, after a failure, waits a while until no other process writes any more.
+
+        Args:
+          known: what went wrong; processes that it says are lost are not waited for.
+        """
+        if self._store is None or not self.job.is_primary:
+            return
+        awaited = set(self.job.others) - set(getattr(known, "missing", ()))
+        end = time.monotonic() + min(_ENDING_SECS, self.timeout_secs)
+        with contextlib.suppress(errors.CheckpointError):
+            for pause in _pauses():
+                if awaited <= self._listed("ended").keys() or time.monotonic() > end:
+                    return
+                time.sleep(pause)
+
+    def end(self) -> None:
+        """This process has nothing to do with the save any more, and gives no more signs of life."""
+        if self._store is None or self._over.is_set():
+            return
+        self._over.set()
+        with contextlib.suppress(errors.CheckpointError):
+            if self.job.is_primary:
+                root, _, number = self._prefix.rpartition("/")
+                self._store.set(f"{root}/now", f"{number} over".encode())
+            elif self._failed:
+                self._store.set(f"{self._prefix}/ended/{self.job.process_index}", b"")
+
+    def tidy(self) -> None:
+        """Deletes the keys of earlier saves; for the primary, once everyone has come to this one."""
+        if self._store is None:
+            return
+        root, _, number = self._prefix.rpartition("/")
+        with _lock:
+            kept = _lines[root].kept
+            for old in [each for each in kept if each < int(number)]:
+                self._store.delete(f"{root}/{old}")
+                kept.remove(old)
+
+    @property
+    def _slice_secs(self) -> float:
+        """How long to wait before looking for failures; of many processes each looks less often, to spare the service."""
+        return min(max(0.25, self.job.process_count / 1000), self.timeout_secs / 5)
+
+    def _listed(self, point: str) -> dict[int, bytes]:
+        """What lies below a point, by process."""
+        assert self._store is not None
+        return {int(name): value for name, value in self._store.list(f"{self._prefix}/{point}/") if name.isdecimal()}
+
+    def _beats(self, processes: Collection[int]) -> Mapping[int, bytes | None]:
+        """The newest signs of life."""
+        assert self._store is not None
+        if len(processes) > 4:
+            return self._listed("alive")
+        return {process: self._store.get(f"{self._prefix}/alive/{process}") for process in processes}
+
+    def _live(self) -> None:
+        """The thread that gives signs of life."""
+        assert self._store is not None
+        for number in itertools.count():
+            if self._over.wait(self.timeout_secs / 5):
+                return
+            with contextlib.suppress(errors.CheckpointError):
+                self._store.set(f"{self._prefix}/alive/{self.job.process_index}", str(number).encode())
+
+    def _raise_lost(self, lost: Sequence[int], point: str) -> None:
+        if lost:
+            error = errors.TimeoutError(
+                f"{_named(lost)} of {self.job.process_count} did not come to the point {point.partition('-')[0]!r} of the save, "
+                f"and gave no sign of life for {self.timeout_secs:g} s: killed, stopped, or not calling save. Process "
+                f"{self.job.process_index} gave up, and no checkpoint was made. MultiprocessingOptions(timeout_secs=...) waits "
+                "longer."
+            )
+            error.missing = tuple(lost)
+            raise error
+
+
+class _Watch:
+    """Notices, by this process's clock alone, who gives no sign of life any more."""
+
+    def __init__(self, beats: Callable[[Collection[int]], Mapping[int, bytes | None]], timeout_secs: float) -> None:
+        self._beats = beats
+        self._timeout_secs = timeout_secs
+        self._start = time.monotonic()
+        self._looked = self._start
+        self._seen: dict[int, tuple[bytes | None, float]] = {}
+
+    def lost(self, processes: Sequence[int]) -> list[int]:
+        """Those of the processes that gave none for too long; looks for signs a few times in that while."""
+        now = time.monotonic()
+        if now - self._looked < self._timeout_secs / 10:
+            return []
+        self._looked = now
+        beats = self._beats(processes)
+        for process in processes:
+            beat = beats.get(process)
+            if beat != self._seen.get(process, (None, 0))[0]:
+                self._seen[process] = beat, now
+        if now - self._start >= _PATIENCE * self._timeout_secs:
+            return list(processes)
+        return [p for p in processes if now - self._seen.get(p, (None, self._start))[1] >= self._timeout_secs]
+
+
+def _pauses() -> Iterator[float]:
+    """Lengths of pauses between looks, in seconds: short ones first, since most waits are."""
+    pause = _FIRST_PAUSE_SECS
+    while True:
+        yield pause
+        pause = min(pause * 1.5, _LAST_PAUSE_SECS)
+
+
+def _named(processes: Sequence[int]) -> str:
+    shown = ", ".join(map(str, processes[:20])) + (", ..." if len(processes) > 20 else "")
+    return f"process {shown}" if len(processes) == 1 else f"processes {shown}"
+
+
+def _by_value(said: Mapping[int, Any]) -> str:
+    """Who says what; what most say comes first."""
+    groups: dict[str, list[int]] = {}
+    for process, value in sorted(said.items()):
+        groups.setdefault(json.dumps(value), []).append(process)
+    ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
+    return "; ".join(f"{_named(processes)}: {value:.300}" for value, processes in ordered)
+
+
+def _encoded(error: BaseException) -> bytes:
+    record: dict[str, Any] = {"kind": type(error).__name__, "text": str(error), "missing": getattr(error, "missing", ())}
+    if isinstance(error, OSError) and error.errno is not None:
+        record |= {"errno": error.errno, "text": f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)}
+    return json.dumps(record).encode()
+
+
+def _decoded(prefix: str, process: int, data: bytes) -> errors.CheckpointError:
+    """What another process says of its failure, as an error of the same class where that is one of ours."""
+    record = json.loads(data)
+    kind: Any = getattr(errors, record["kind"], None)
+    ours = isinstance(kind, type) and issubclass(kind, errors.CheckpointError)
+    text = f"process {process} failed: {record['text'] if ours else record['kind'] + ': ' + record['text']}"
+    made: errors.CheckpointError
+    if not ours:
+        made = errors.ProcessError(text)
+    elif "errno" in record and issubclass(kind, OSError):
+        made = kind(record["errno"], text)
+    else:
+        made = kind(text)
+    if isinstance(made, errors.TimeoutError):
+        made.missing = tuple(record["missing"])
+    return made
+
+
+@attrs.define
+class _Line:
+    """The saves of one group of processes, one after the other.
+
+    Attributes:
+      number: of this process's newest.
+      kept: numbers whose keys the primary has not deleted yet.
+    """
+
+    number: int = 0
+    kept: list[int] = attrs.field(factory=list)
+
+
+_lines: dict[str, _Line] = {}
+_lock = threading.Lock()
+
+
+def convene(job: Job, key_prefix: str | None, timeout_secs: float) -> Meeting:
+    """The meeting for this process's next save: the n-th call of one process meets the n-th of the others.
+
+    A process that was given up, or started again, joins the save that the primary is at.
+
+    Args:
+      job: who takes part.
+      key_prefix: tells apart what several threads save at once.
+      timeout_secs: as for `Meeting`.
+    """
+    if not job.others:
+        return Meeting(job)
+    members = "all" if job.processes == tuple(range(job.process_count)) else "-".join(map(str, job.processes))
+    root = f"ckptkit/{quote(key_prefix or '-', safe='')}/{members}"
+    store = Store(coordination_client())
+    with _lock:
+        first = root not in _lines
+        line = _lines.setdefault(root, _Line())
+        if first and not store.claim(f"{root}/seen/{job.process_index}"):
+            number, is_open = _now(store, root)
+            line.number = number - is_open
+        line.number += 1
+        if job.is_primary:
+            store.set(f"{root}/now", f"{line.number} open".encode())
+            line.kept.append(line.number)
+        else:
+            line.number = _joined(store, root, line.number, job.process_index)
+        return Meeting(job, f"{root}/{line.number}", timeout_secs)
+
+
+def _now(store: Store, root: str) -> tuple[int, bool]:
+    """The number of the primary's newest save, and whether it goes on."""
+    number, state = (store.get(f"{root}/now") or b"0 over").decode().split()
+    return int(number), state == "open"
+
+
+def _joined(store: Store, root: str, number: int, process: int) -> int:
+    """The save to join instead of `number`, where the others gave up on this process there and are at a later one."""
+    newest, is_open = _now(store, root)
+    if newest <= number or not is_open:
+        return number
+    records = [json.loads(record) for _, record in store.list(f"{root}/{number}/failed/")]
+    return newest if any(process in record["missing"] for record in records) else number
+
+
+_alone = Meeting()
+_current: ContextVar[Meeting] = ContextVar("ckptkit_meeting", default=_alone)
+
+
+def current_meeting() -> Meeting:
+    """The meeting of the save that this call is part of; one of a single process where there is none.
+
+    It travels in a context variable, as the tracker of `reports` does.
+    """
+    return _current.get()
+
+
+@contextlib.contextmanager
+def attending(meeting: Meeting) -> Iterator[None]:
+    """Makes `meeting` the current one."""
+    token = _current.set(meeting)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def on_primary(call: Callable[[], Any]) -> None:
+    """Makes a call that knows nothing of other processes: on the primary, as if it were alone."""
+    if current_meeting().job.is_primary:
+        with attending(_alone):
+            call()
