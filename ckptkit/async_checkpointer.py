@@ -71,14 +71,13 @@ class AsyncCheckpointer(Checkpointer):
             this one is not started then.
         """
         with self._saving:
-            self.wait_until_finished()
             saving = self._start(directory, args, kwargs, force=force, custom_metadata=custom_metadata)
             try:
                 # Not a daemon, so that the interpreter waits for it at exit.
                 thread = threading.Thread(target=self._finish, args=(saving,), name="ckptkit-commit", daemon=False)
                 thread.start()
-            except BaseException:
-                saving.abandon()
+            except BaseException as error:
+                saving.abandon(error)
                 raise
             self._thread = thread
 
@@ -142,6 +141,9 @@ class AsyncCheckpointer(Checkpointer):
             super().close()
             raise
         super().close()
+
+    def _get_ready(self) -> None:
+        self.wait_until_finished()
 
     def _finish(self, saving: Saving) -> None:
         try:

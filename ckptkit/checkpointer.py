@@ -11,12 +11,14 @@ from typing import Any, Self
 import attrs
 from etils import epath
 
-from ckptkit import choosing, commit, discovery, errors, reports
+from ckptkit import choosing, commit, discovery, errors, joint, meeting, reports
 from ckptkit.handlers.base import AsyncCheckpointHandler, CheckpointHandler, run_coroutine
 from ckptkit.location import FileLocation, Location
+from ckptkit.meeting import Meeting
 from ckptkit.metadata.json import checked_custom
 from ckptkit.metadata.step import StepMetadata
 from ckptkit.options import FileOptions, MultiprocessingOptions
+from ckptkit.processes import job_of
 from ckptkit.registry import Registry
 from ckptkit.saving import Saving, checked_futures
 
@@ -188,6 +190,29 @@ class Checkpointer:
         custom_metadata: Mapping[str, Any] | None,
     ) -> Saving:
         """Runs the part of a save that the caller waits for in any case."""
+        options = self._multiprocessing_options
+        meet = meeting.convene(job_of(options), options.barrier_sync_key_prefix, options.timeout_secs)
+        try:
+            self._get_ready()
+            return self._start_together(meet, directory, args, kwargs, force=force, custom_metadata=custom_metadata)
+        except BaseException as error:
+            meet.fail(error)
+            meet.end()
+            raise
+
+    def _get_ready(self) -> None:
+        """What must have ended before the next save begins."""
+
+    def _start_together(
+        self,
+        meet: Meeting,
+        directory: Path,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        force: bool,
+        custom_metadata: Mapping[str, Any] | None,
+    ) -> Saving:
         self._check_open()
         start = time.monotonic()
         custom = checked_custom({} if custom_metadata is None else custom_metadata, "custom_metadata")
@@ -201,18 +226,19 @@ class Checkpointer:
             raise errors.ArgsError(
                 f"{location.url}: this version commits checkpoints in local directories; save to one of those."
             )
-        pending = commit.begin(location, force=force, mode=self._file_options.path_permission_mode)
+        facts = {"handlers": step.item_handlers}
+        pending = joint.begin(meet, location, force=force, mode=self._file_options.path_permission_mode, facts=facts)
         tracker = reports.Tracker("save", location.url, self._notifier.progress)
-        saving = Saving(pending, handler, step, tracker, self._notifier, start, owned=handler is not self._handler)
+        saving = Saving(pending, meet, handler, step, tracker, self._notifier, start, owned=handler is not self._handler)
         try:
-            with reports.tracking(tracker):
+            with reports.tracking(tracker), meeting.attending(meet):
                 temporary = epath.Path(pending.temporary.url)
                 if isinstance(handler, AsyncCheckpointHandler):
                     saving.writing = checked_futures(handler, run_coroutine(handler.async_save(temporary, args=save_args)))
                 else:
-                    handler.save(temporary, args=save_args)
-        except BaseException:
-            saving.abandon()
+                    meeting.on_primary(lambda: handler.save(temporary, args=save_args))
+        except BaseException as error:
+            saving.abandon(error)
             raise
         saving.blocking_secs = time.monotonic() - start
         return saving

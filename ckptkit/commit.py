@@ -25,7 +25,7 @@ from ckptkit.location import FileLocation, Location, mapped_os_errors
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["TEMPORARY_SUFFIX", "Pending", "begin", "identity", "resolve"]
+__all__ = ["TEMPORARY_SUFFIX", "Pending", "begin", "identity", "resolve", "sync_directory"]
 
 TEMPORARY_SUFFIX = ".orbax-checkpoint-tmp"
 _ASIDE_SUFFIX = f".ckptkit-old{TEMPORARY_SUFFIX}"
@@ -236,6 +236,16 @@ def _remove(path: str) -> None:
         os.unlink(path)
     else:
         shutil.rmtree(path)
+
+
+def sync_directory(path: str) -> None:
+    """Makes a directory, with all that is in it, survive a power cut.
+
+    Raises:
+      errors.StorageError: the system refused.
+    """
+    with mapped_os_errors(path, "sync"):
+        _sync_tree(path, None)
 
 
 def _sync_tree(root: str, mode: int | None) -> None:

@@ -7,6 +7,7 @@ the chunks of an array in C order of its grid. Orbax ignores the file.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import attrs
@@ -44,6 +45,21 @@ class Checksums:
 
     def add(self, index: Index, data: npt.NDArray[Any]) -> None:
         self._chunks[_position(self._array, index)] = block_checksums(data)
+
+    def known(self) -> dict[int, str]:
+        """Those that have arrived, by the chunk's place in C order of the grid."""
+        return {position: text for position, text in enumerate(self._chunks) if text is not None}
+
+    def learn(self, known: Mapping[int, str]) -> None:
+        """Adds what another process knows.
+
+        Raises:
+          errors.StorageError: a chunk was written twice, or is none of this array's.
+        """
+        for position, text in known.items():
+            if not 0 <= position < len(self._chunks) or self._chunks[position] is not None:
+                raise errors.StorageError(f"array {self._array.name!r}: chunk {position} was written by two processes.")
+            self._chunks[position] = text
 
     def texts(self) -> list[str]:
         """One string a chunk, in C order of the grid.

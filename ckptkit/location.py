@@ -66,6 +66,14 @@ class Location(abc.ABC):
     def names(self) -> Mapping[str, bool]:
         """What is in the directory: name -> whether it is a directory. Empty where it does not exist, or is a file."""
 
+    @abc.abstractmethod
+    def delete(self, name: str) -> None:
+        """Removes the file `name`.
+
+        Raises:
+          errors.StorageError: the system or the store refused.
+        """
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url!r})"
 
@@ -128,6 +136,11 @@ class FileLocation(Location):
             return {}
         except OSError as error:
             raise errors.StorageError(error.errno, f"cannot list: {error.strerror}", self._path) from error
+
+    def delete(self, name: str) -> None:
+        path = self._inside(name)
+        with mapped_os_errors(path, "remove"):
+            os.unlink(path)
 
     def _inside(self, name: str) -> str:
         """The path of `name`, which must lie below this directory: names may come from a stranger's checkpoint."""

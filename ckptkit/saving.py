@@ -9,8 +9,9 @@ from typing import Any
 import attrs
 from etils import epath
 
-from ckptkit import commit, discovery, errors, reports
+from ckptkit import commit, discovery, errors, joint, reports
 from ckptkit.handlers.base import CheckpointHandler
+from ckptkit.meeting import Meeting
 from ckptkit.metadata.step import STEP_FILE, StepMetadata, encode_step
 
 __all__ = ["Saving", "checked_futures"]
@@ -35,7 +36,8 @@ class Saving:
 
     def __init__(
         self,
-        pending: commit.Pending,
+        pending: commit.Pending | joint.Following,
+        meeting: Meeting,
         handler: CheckpointHandler,
         step: StepMetadata,
         tracker: reports.Tracker,
@@ -48,6 +50,7 @@ class Saving:
         self.blocking_secs = 0.0
         self.path = pending.path
         self._pending = pending
+        self._meeting = meeting
         self._handler = handler
         self._step = step
         self._tracker = tracker
@@ -56,20 +59,34 @@ class Saving:
         self._owned = owned
 
     def finish(self) -> None:
-        """Waits for the writers, and commits; on any failure nothing is left behind."""
+        """Waits for the writers of every process, and commits; on any failure nothing is left behind."""
         try:
-            for future in self.writing:
-                future.result()
-            temporary = self._pending.temporary
-            self._handler.finalize(epath.Path(temporary.url))
-            step = attrs.evolve(self._step, commit_timestamp_nsecs=time.time_ns())
-            temporary.write_bytes(STEP_FILE, encode_step(step))
-            self._pending.commit()
-        except BaseException:
-            self.abandon()
+            self._meeting.wait(self.writing)
+            if self._meeting.gather("written") is None:
+                self._meeting.hear("committed")
+            else:
+                self._commit()
+        except BaseException as error:
+            self.abandon(error)
             raise
-        self._close()
-        self._tracker.finish()
+        try:
+            if self._meeting.job.is_primary:
+                self._meeting.tell("committed")
+        finally:
+            self._close()
+            self._tracker.finish()
+        if self._meeting.job.is_primary:
+            self._report()
+
+    def _commit(self) -> None:
+        temporary = self._pending.temporary
+        joint.end(self._pending)
+        self._handler.finalize(epath.Path(temporary.url))
+        step = attrs.evolve(self._step, commit_timestamp_nsecs=time.time_ns())
+        temporary.write_bytes(STEP_FILE, encode_step(step))
+        self._pending.commit()
+
+    def _report(self) -> None:
         self._notifier.save_committed(
             reports.SaveReport(
                 path=self.path,
@@ -80,17 +97,20 @@ class Saving:
             )
         )
 
-    def abandon(self) -> None:
-        """Stops the writers, waits until nobody writes any more, and removes what was written."""
+    def abandon(self, error: BaseException) -> None:
+        """Stops the writers, also those of other processes, waits until nobody writes any more, and removes what was written."""
+        self._meeting.fail(error)
         for future in self.writing:
             future.cancel()
         try:
             futures.wait(self.writing)
+            self._meeting.await_ends(error)
         finally:
             self._pending.abandon()
             self._close()
             self._tracker.finish()
 
     def _close(self) -> None:
+        self._meeting.end()
         if self._owned:
             self._handler.close()

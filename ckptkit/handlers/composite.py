@@ -13,6 +13,7 @@ from ckptkit import discovery, errors
 from ckptkit.handlers._stored import args_for_files, item_folders
 from ckptkit.handlers.base import AsyncCheckpointHandler, CheckpointHandler
 from ckptkit.location import Location, mapped_os_errors
+from ckptkit.meeting import on_primary
 from ckptkit.metadata.step import STEP_FILE, decode_step
 
 if TYPE_CHECKING:
@@ -207,10 +208,10 @@ class _Stored:
 async def _start(handler: CheckpointHandler, folder: epath.Path, args: Any, name: str) -> list[Future[Any]]:
     """Saves one item, or starts to."""
     with mapped_os_errors(str(folder), "make the folder"):
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)  # another process may have been faster
     if isinstance(handler, AsyncCheckpointHandler):
         return [_ItemFuture(future, name) for future in await handler.async_save(folder, args=args) or ()]
-    handler.save(folder, args=args)
+    on_primary(lambda: handler.save(folder, args=args))
     return []
 
 

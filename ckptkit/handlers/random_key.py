@@ -20,6 +20,7 @@ from ckptkit.handlers.array import ArrayCheckpointHandler
 from ckptkit.handlers.base import AsyncCheckpointHandler
 from ckptkit.handlers.json import JsonCheckpointHandler
 from ckptkit.handlers.pytree import PyTreeCheckpointHandler
+from ckptkit.meeting import on_primary
 from ckptkit.registry import Registry
 
 if TYPE_CHECKING:
@@ -55,9 +56,9 @@ class _RandomKeyHandler(AsyncCheckpointHandler):
         """
         value_args, description = self._described(args)
         folder, beside = self._folders(directory)
-        folder.mkdir()
-        beside.mkdir()
-        self._description.save(beside, args=args_lib.JsonSave(description))
+        for each in (folder, beside):
+            each.mkdir(exist_ok=True)  # another process may have been faster
+        on_primary(lambda: self._description.save(beside, args=args_lib.JsonSave(description)))
         return await self._values.async_save(folder, args=value_args)
 
     def restore(self, directory: epath.Path, *, args: Any = None) -> Any:

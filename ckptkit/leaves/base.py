@@ -165,8 +165,11 @@ class TypeHandler(abc.ABC, Generic[L]):
         return None
 
     @abc.abstractmethod
-    def owned(self, leaves: Sequence[Leaf], specs: Sequence[LeafSpec], job: Job) -> Sequence[Sequence[Index]]:
-        """For each leaf the cells of its chunk grid that this process writes."""
+    def owned(self, leaves: Sequence[Leaf], specs: Sequence[LeafSpec], job: Job) -> Sequence[Sequence[Index] | Problem]:
+        """For each leaf the cells of its chunk grid that this process writes, or why this job cannot save it.
+
+        Every cell is one process's; each process finds out by itself which are its own.
+        """
 
     @abc.abstractmethod
     def stage(self, pieces: Sequence[tuple[L, LeafSpec, Index]]) -> Sequence[Array]:

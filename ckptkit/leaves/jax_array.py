@@ -7,6 +7,7 @@ of its implementation, as Orbax stores it.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +18,7 @@ import numpy as np
 from ckptkit import errors
 from ckptkit.grid import Array, ArraySpec, Index, chunk_indices, fit_chunk_shape, index_nbytes
 from ckptkit.leaves._requests import Wanted, clip, fit, resolve
+from ckptkit.leaves._shares import Shares, holding_processes
 from ckptkit.leaves.base import ArrayRestoreArgs, Leaf, LeafSpec, Problem, RestoreArgs, SaveArgs, TypeHandler
 from ckptkit.metadata.sharding import ShardingMetadata, encode_sharding, to_jax
 from ckptkit.metadata.values import ArrayMetadata
@@ -29,6 +31,9 @@ __all__ = ["JaxArrayHandler"]
 
 _KEY_IMPL = "random_key_impl"
 _DEFAULT_ARGS = SaveArgs()
+
+_MIN_SHARE_NBYTES = 1 << 20
+"""Below this, an array that several processes hold is written by one of them."""
 
 
 class JaxArrayHandler(TypeHandler[jax.Array]):
@@ -55,14 +60,17 @@ class JaxArrayHandler(TypeHandler[jax.Array]):
         by_id = {id(sharding): sharding for sharding in shardings}
         return numbered, tuple([(shape, dtype, by_id[number]) for shape, dtype, number in numbers])
 
-    def owned(self, leaves: Sequence[Leaf], specs: Sequence[LeafSpec], job: Job) -> Sequence[Sequence[Index]]:
+    def owned(self, leaves: Sequence[Leaf], specs: Sequence[LeafSpec], job: Job) -> Sequence[Sequence[Index] | Problem]:
+        if job.others or not all(leaf.value.sharding.is_fully_addressable for leaf in leaves):
+            shares = Shares(job)
+            return [shares.of(_stored_array(spec), _raw(leaf.value).sharding) for leaf, spec in zip(leaves, specs, strict=True)]
         known: dict[Any, Sequence[Index]] = {}
         owned = []
         for spec in specs:
-            assert spec.array is not None
-            key = spec.array[1:]
+            array = _stored_array(spec)
+            key = array[1:]
             if (cells := known.get(key)) is None:
-                cells = known[key] = list(chunk_indices(spec.array))
+                cells = known[key] = list(chunk_indices(array))
             owned.append(cells)
         return owned
 
@@ -123,6 +131,11 @@ class JaxArrayHandler(TypeHandler[jax.Array]):
         return [_assemble(*leaf) for leaf in zip(specs, _goals(specs, requests), parts, strict=True)]
 
 
+def _stored_array(spec: LeafSpec) -> ArraySpec:
+    assert spec.array is not None
+    return spec.array
+
+
 class _Layout(NamedTuple):
     """What every array of one shape, dtype and sharding has in common."""
 
@@ -136,11 +149,9 @@ class _Layout(NamedTuple):
 def _problems(values: Sequence[Any]) -> Mapping[int, Problem]:
     """What is wrong, by position. Where nothing is, a question to all of them tells; asking 10,000 one by one takes long."""
     kinds = set(map(type, values))
-    if all(issubclass(kind, jax.Array) and not issubclass(kind, jax.core.Tracer) for kind in kinds):
-        shardings: dict[int, Any] = {id(sharding): sharding for sharding in [value.sharding for value in values]}
-        here = all(sharding.is_fully_addressable for sharding in shardings.values())
-        if here and not any(value.is_deleted() for value in values):
-            return {}
+    arrays = all(issubclass(kind, jax.Array) and not issubclass(kind, jax.core.Tracer) for kind in kinds)
+    if arrays and not any(value.is_deleted() for value in values):
+        return {}
     return {i: problem for i, value in enumerate(values) if (problem := _problem(value))}
 
 
@@ -151,8 +162,6 @@ def _problem(value: Any) -> Problem | None:
         return Problem(f"a {type(value).__name__} describes an array but holds no data; it is a target for restore.")
     if value.is_deleted():
         return Problem("the array was deleted or donated; save before the call that donates it.")
-    if not value.is_fully_addressable:
-        return Problem("the array spans devices of other processes; this version saves the arrays of one process.")
     return None
 
 
@@ -170,8 +179,16 @@ def _layout(value: jax.Array, args: SaveArgs) -> _Layout:
     extra = {_KEY_IMPL: str(jax.random.key_impl(value))} if _is_key(value) else {}
     dtype = np.dtype(raw.dtype if args.dtype is None or extra else args.dtype)
     shard = raw.sharding.shard_shape(raw.shape)
-    cell = fit_chunk_shape(shard, dtype.itemsize, args.chunk_byte_size or MAX_CHUNK_BYTE_SIZE, args.shard_axes)
+    cell = fit_chunk_shape(shard, dtype.itemsize, args.chunk_byte_size or _max_chunk_nbytes(raw, shard), args.shard_axes)
     return _Layout(raw.shape, dtype, cell, encode_sharding(value.sharding), {"write_shape": list(shard), **extra})
+
+
+def _max_chunk_nbytes(value: jax.Array, shard: tuple[int, ...]) -> int:
+    """Smaller where several processes hold the same, so that each has something to write of it."""
+    processes = holding_processes(value.sharding, value.shape)
+    if processes == 1:
+        return MAX_CHUNK_BYTE_SIZE
+    return min(MAX_CHUNK_BYTE_SIZE, max(_MIN_SHARE_NBYTES, math.prod(shard) * value.dtype.itemsize // processes))
 
 
 def _is_key(value: Any) -> bool:

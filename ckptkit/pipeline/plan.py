@@ -12,11 +12,12 @@ from ckptkit import errors, tree
 from ckptkit._recent import Recent
 from ckptkit.grid import ArraySpec, Index
 from ckptkit.leaves.base import Leaf, LeafSpec, Problem, SaveArgs, TypeHandler
+from ckptkit.meeting import current_meeting
 from ckptkit.options import StorageOptions
 from ckptkit.pipeline.limits import BATCH_BYTE_SIZE, BATCH_LEAVES
 from ckptkit.processes import Job
 from ckptkit.registry import Registry
-from ckptkit.storage.base import StorageBackend
+from ckptkit.storage.base import ManyWriters, StorageBackend
 
 __all__ = ["PLAIN", "Batch", "LeafRules", "SavePlan", "plan_save"]
 
@@ -114,6 +115,9 @@ def plan_save(
     problems: dict[int, str] = {}
     members = _by_handler(values, registry, rules, problems)
 
+    job = current_meeting().job
+    _refuse_backend(backend, job)
+
     def make() -> SavePlan:
         args = [None] * len(values) if save_args is None else tree.flatten_alike(structure, save_args, "save_args")
         return _plan(structure, values, members, args, backend, options, max_inflight_bytes, problems)
@@ -122,7 +126,15 @@ def plan_save(
     if save_args is not None or problems or any(signature is None for _, signature in signatures):
         return make(), values
     kinds = tuple(map(type, values))  # which leaf is whose, and which empty node is which
-    return _plans.get((structure, kinds, tuple(signatures), backend, options, max_inflight_bytes), make), values
+    return _plans.get((structure, kinds, tuple(signatures), backend, options, max_inflight_bytes, job), make), values
+
+
+def _refuse_backend(backend: StorageBackend, job: Job) -> None:
+    if job.others and not isinstance(backend, ManyWriters):
+        raise errors.ArgsError(
+            f"storage={backend.name!r} is written by one process, and {job.process_count} save here; choose 'ocdbt', or another "
+            "backend that several processes can write with."
+        )
 
 
 def _plan(
@@ -135,6 +147,7 @@ def _plan(
     max_inflight_bytes: int,
     problems: dict[int, str],
 ) -> SavePlan:
+    job = current_meeting().job
     described: dict[TypeHandler[Any], tuple[Sequence[Leaf], Sequence[LeafSpec]]] = {}
     nodes: list[Any] = list(values)
     for handler, positions in members.items():
@@ -144,15 +157,22 @@ def _plan(
             nodes[i] = spec
     stored = sorted(i for positions in members.values() for i in positions)
     _refusals(backend, [(i, nodes[i].array) for i in stored if i not in problems and nodes[i].array is not None], problems)
-    lines = [f"{structure.paths[i]}: {problems[i]}" for i in sorted(problems)]
-    lines += tree.name_collisions(structure, stored)
-    if lines:
-        raise errors.TreeError(f"{len(lines)} of {len(values)} leaves cannot be saved:{errors.listing(lines)}")
+    _raise(structure, problems, tree.name_collisions(structure, stored))
+    owned = {handler: handler.owned(*leaves_and_specs, job) for handler, leaves_and_specs in described.items()}
+    for handler, positions in members.items():
+        problems |= {i: mine.message for i, mine in zip(positions, owned[handler], strict=True) if isinstance(mine, Problem)}
+    _raise(structure, problems)
     groups = [
-        Group(handler, specs, list(_batches(handler, members[handler], leaves, specs, max_inflight_bytes)))
+        Group(handler, specs, list(_batches(handler, members[handler], leaves, specs, owned[handler], max_inflight_bytes)))
         for handler, (leaves, specs) in described.items()
     ]
     return SavePlan(structure, nodes, groups, backend, options, max_inflight_bytes)
+
+
+def _raise(structure: tree.Structure, problems: Mapping[int, str], further: Sequence[str] = ()) -> None:
+    lines = [*(f"{structure.paths[i]}: {problems[i]}" for i in sorted(problems)), *further]
+    if lines:
+        raise errors.TreeError(f"{len(lines)} of {len(structure.paths)} leaves cannot be saved:{errors.listing(lines)}")
 
 
 def _batches(
@@ -160,12 +180,13 @@ def _batches(
     positions: Sequence[int],
     leaves: Sequence[Leaf],
     specs: Sequence[LeafSpec],
+    owned: Sequence[Any],
     max_inflight_bytes: int,
 ) -> Iterator[Batch]:
     """The cells that this process writes; a batch fits into half the budget, or is one cell."""
     limit = min(BATCH_BYTE_SIZE, max(1, max_inflight_bytes // 2))
-    owned = zip(positions, leaves, specs, handler.owned(leaves, specs, Job()), strict=True)
-    cells = [(i, leaf.value, spec, cell) for i, leaf, spec, its_cells in owned for cell in its_cells]
+    each = zip(positions, leaves, specs, owned, strict=True)
+    cells = [(i, leaf.value, spec, cell) for i, leaf, spec, its_cells in each for cell in its_cells]
     sizes = handler.staged_nbytes([cell[1:] for cell in cells])
     pieces = [(i, spec, cell) for i, _, spec, cell in cells]
     start = held = 0

@@ -16,8 +16,9 @@ from ckptkit.grid import Array, Chunk, index_shape
 from ckptkit.index import Checksums
 from ckptkit.leaves.base import TypeHandler
 from ckptkit.location import Location
+from ckptkit.meeting import Meeting, current_meeting
+from ckptkit.pipeline import together
 from ckptkit.pipeline.plan import Batch, SavePlan
-from ckptkit.processes import Job
 from ckptkit.storage.base import Writer
 
 __all__ = ["start_save"]
@@ -100,7 +101,10 @@ def start_save(
     tracker.expect(sum([array.nbytes for array in plan.arrays]), sum([len(group.specs) for group in plan.groups]))
     # Not a daemon: the interpreter waits for it at exit, so that a save under way is finished.
     writer = threading.Thread(
-        target=_write, args=(plan, location, batches, budget, documents, tracker, result), name="ckptkit-write", daemon=False
+        target=_write,
+        args=(plan, location, batches, budget, documents, tracker, current_meeting(), result),
+        name="ckptkit-write",
+        daemon=False,
     )
     try:
         for handler, batch in [(group.handler, batch) for group in plan.groups for batch in group.batches]:
@@ -153,12 +157,14 @@ def _write(
     budget: _Budget,
     documents: Callable[[Mapping[str, list[str]]], Iterable[tuple[str, bytes]]],
     tracker: reports.Tracker,
+    meeting: Meeting,
     result: _SaveFuture,
 ) -> None:
     """The writing thread: what is staged goes to the backend, then the documents go to the location."""
     checksums = {array.name: Checksums(array) for array in plan.arrays}
     try:
-        writer = plan.backend.writer(location, plan.arrays, plan.options, Job())
+        together.compare(meeting, plan, location)
+        writer = plan.backend.writer(location, plan.arrays, plan.options, meeting.job)
         try:
             while (staged := batches.get()) is not None and not result.cancel_requested.is_set():
                 _write_batch(writer, _chunks(staged), checksums, _Written(budget, staged.batch.held, tracker))
@@ -169,9 +175,11 @@ def _write(
         except BaseException:
             writer.abort()
             raise
-        for name, data in documents({name: sums.texts() for name, sums in checksums.items()}):
+        whole = together.joined(meeting, plan, location, checksums)
+        for name, data in documents(whole) if whole is not None else ():
             location.write_bytes(name, data)
     except BaseException as error:  # noqa: BLE001 - it is raised again where the future's result is asked for
+        meeting.fail(error)
         result.set_exception(error)
     else:
         result.set_result(None)

@@ -28,7 +28,10 @@ __all__ = ["OcdbtWriter"]
 class OcdbtWriter(Writer):
     """Appends chunks to data files as they come; the tree is kept in memory, about 100 bytes a chunk, until `commit`."""
 
-    def __init__(self, location: Location, arrays: Sequence[ArraySpec], options: StorageOptions) -> None:
+    def __init__(
+        self, location: Location, arrays: Sequence[ArraySpec], options: StorageOptions, *, documents: bool = True
+    ) -> None:
+        """As `StorageBackend.writer`; `documents` says whether the database holds those of the arrays, not only chunks."""
         self._location = location
         self._files = data_files(location, "", options.target_data_file_size)
         self._entries: list[Entry] = []
@@ -39,6 +42,8 @@ class OcdbtWriter(Writer):
         for group, (array, document, data) in enumerate(documented(arrays, version, options.compression)):
             prefix = key_prefix(array.name).encode()
             self._documents[array.name] = group, prefix, document
+            if not documents:
+                continue
             if data not in stored:
                 stored[data] = self._store(data)
             self._entries.append(Entry(prefix + name, stored[data], group, len(prefix)))

@@ -16,6 +16,7 @@ from ckptkit import errors
 from ckptkit._threads import Workers
 from ckptkit.location import mapped_os_errors
 from ckptkit.options import StorageOptions
+from ckptkit.processes import Job
 from ckptkit.storage._futures import joined
 from ckptkit.storage._values import Bytes, Extent, Value, Values, key_prefix, read_files
 from ckptkit.storage._zarr_cells import encoded_cell
@@ -80,15 +81,17 @@ class FileWriter(Writer):
     A write that fails raises `errors.StorageError` from its future, from the next call, and at the latest from `commit`.
     """
 
-    def __init__(self, directory: str, arrays: Sequence[ArraySpec], options: StorageOptions) -> None:
+    def __init__(self, directory: str, arrays: Sequence[ArraySpec], options: StorageOptions, job: Job) -> None:
         version: Version = 3 if options.use_zarr3 else 2
         self._directory = directory
         self._pool = Workers(min(4, os.cpu_count() or 1), "ckptkit-write-files")
+        self._synced_here = not job.is_primary
         self._documents: dict[str, Document] = {}
         files: list[tuple[str, Any]] = []
         for array, document, data in documented(arrays, version, options.compression):
             self._documents[array.name] = document
-            files.append((key_prefix(array.name) + DOCUMENT_NAMES[version], data))
+            if job.is_primary:
+                files.append((key_prefix(array.name) + DOCUMENT_NAMES[version], data))
         batches = [files[i : i + _BATCH_FILES] for i in range(0, len(files), _BATCH_FILES)]
         self._writing = [self._pool.submit(self._write_documents, batch) for batch in batches]
 
@@ -120,10 +123,10 @@ class FileWriter(Writer):
             chunk = chunks.pop()
             document = self._documents[chunk.array.name]
             path = os.path.join(self._directory, key_prefix(chunk.array.name) + document.chunk_key(chunk.index))
-            _create(path, encoded_cell(chunk.data, document))
+            _create(path, encoded_cell(chunk.data, document), sync=self._synced_here)
 
 
-def _create(path: str, data: Any) -> None:
+def _create(path: str, data: Any, *, sync: bool = False) -> None:
     """Makes a file, and the directories above it.
 
     Raises:
@@ -136,6 +139,8 @@ def _create(path: str, data: Any) -> None:
                 rest = memoryview(data)
                 while rest:
                     rest = rest[file.write(rest) :]
+                if sync:
+                    os.fsync(file.fileno())
         except FileExistsError as error:
             what = "two arrays would have this file, since the file system does not tell their names apart; rename one of them"
             raise errors.StorageError(errno.EEXIST, what, path) from error

@@ -23,6 +23,7 @@ __all__ = [
     "ArraySpec",
     "Chunk",
     "Index",
+    "ManyWriters",
     "PartialReader",
     "Reader",
     "StorageBackend",
@@ -114,3 +115,15 @@ class StorageBackend(abc.ABC):
         A target may group them otherwise: it is compared by joined names.
         """
         return tuple(name.split("."))
+
+
+class ManyWriters(StorageBackend):
+    """A backend that several processes can write one checkpoint with.
+
+    Each process has a writer in the same directory and gives it the chunks that it owns. What a process other than the primary
+    has written is durable when its writer's `commit` returns, since nobody else can sync what lies in the memory of its machine.
+    """
+
+    @abc.abstractmethod
+    def merge(self, location: Location, job: Job) -> None:
+        """Called on the primary once every writer has committed: makes one of what the processes wrote."""

@@ -14,18 +14,19 @@ from ckptkit.location import Location
 from ckptkit.options import StorageOptions
 from ckptkit.processes import Job
 from ckptkit.storage._chunk_reader import ChunkReader
+from ckptkit.storage._ocdbt_merge import PartWriter, merge
 from ckptkit.storage._ocdbt_nodes import MANIFEST
 from ckptkit.storage._ocdbt_values import OcdbtValues
 from ckptkit.storage._ocdbt_writer import OcdbtWriter
 from ckptkit.storage._tensorstore import mapped_tensorstore_errors
 from ckptkit.storage._values import key_prefix
-from ckptkit.storage.base import ArraySpec, Reader, StorageBackend, Writer
+from ckptkit.storage.base import ArraySpec, ManyWriters, Reader, Writer
 from ckptkit.storage.zarr_documents import refusal
 
 __all__ = ["OcdbtBackend"]
 
 
-class OcdbtBackend(StorageBackend):
+class OcdbtBackend(ManyWriters):
     """Arrays as chunks in one OCDBT database per directory."""
 
     name = "ocdbt"
@@ -35,7 +36,10 @@ class OcdbtBackend(StorageBackend):
         return [refusal(array) or _name_refusal(array.name, owners) for array in arrays]
 
     def writer(self, location: Location, arrays: Sequence[ArraySpec], options: StorageOptions, job: Job) -> Writer:
-        return OcdbtWriter(location, arrays, options)
+        return PartWriter(location, arrays, options, job) if job.others else OcdbtWriter(location, arrays, options)
+
+    def merge(self, location: Location, job: Job) -> None:
+        merge(location, job.processes)
 
     def reader(self, location: Location) -> Reader:
         context = ts.Context()

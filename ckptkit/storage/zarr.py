@@ -15,13 +15,13 @@ from ckptkit.processes import Job
 from ckptkit.storage._chunk_reader import ChunkReader
 from ckptkit.storage._zarr_files import FileValues, FileWriter, holds_document
 from ckptkit.storage._zarr_names import name_refusals
-from ckptkit.storage.base import ArraySpec, Reader, StorageBackend, Writer
+from ckptkit.storage.base import ArraySpec, ManyWriters, Reader, Writer
 from ckptkit.storage.zarr_documents import refusal
 
 __all__ = ["ZarrBackend"]
 
 
-class ZarrBackend(StorageBackend):
+class ZarrBackend(ManyWriters):
     """Arrays as directories of files on this machine."""
 
     name = "zarr"
@@ -36,7 +36,10 @@ class ZarrBackend(StorageBackend):
         Raises:
           errors.ArgsError: the location is no directory of this machine.
         """
-        return FileWriter(_directory(location), arrays, options)
+        return FileWriter(_directory(location), arrays, options, job)
+
+    def merge(self, location: Location, job: Job) -> None:
+        """Nothing: every chunk is a file, whoever wrote it."""
 
     def reader(self, location: Location) -> Reader:
         """A reader of a directory of arrays, whatever program wrote it.

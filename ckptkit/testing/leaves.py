@@ -247,7 +247,8 @@ def _described(handler: TypeHandler[Any], leaves: Sequence[Leaf]) -> Sequence[Le
 def _pieces(handler: TypeHandler[Any], leaves: Sequence[Leaf]) -> list[tuple[Any, LeafSpec, Index]]:
     specs = _described(handler, leaves)
     owned = handler.owned(leaves, specs, Job())
-    return [(leaf.value, spec, cell) for leaf, spec, cells in zip(leaves, specs, owned, strict=True) for cell in cells]
+    each = [(leaf.value, spec, cells) for leaf, spec, cells in zip(leaves, specs, owned, strict=True)]
+    return [(value, spec, cell) for value, spec, cells in each if not isinstance(cells, Problem) for cell in cells]
 
 
 def _there_and_back(handler: TypeHandler[Any], leaves: Sequence[Leaf]) -> list[Any]:

@@ -1,0 +1,94 @@
+"""What several processes that write one tree must do together: compare their trees, and make one index of their checksums.
+
+A process hands on its checksums in a file beside the data, since those of many processes would fill the coordination service.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import orjson
+
+from ckptkit import errors
+from ckptkit.index import Checksums
+from ckptkit.leaves.base import LeafSpec
+from ckptkit.location import Location
+from ckptkit.meeting import Meeting
+from ckptkit.metadata import json
+from ckptkit.pipeline.plan import SavePlan
+from ckptkit.storage.base import ManyWriters
+
+__all__ = ["compare", "joined"]
+
+
+def compare(meeting: Meeting, plan: SavePlan, location: Location) -> None:
+    """Returns where every process saves the same kind of tree to `location`.
+
+    Raises:
+      errors.ProcessError: says which processes save another.
+    """
+    if not meeting.job.others:
+        return
+    point = f"tree-{_short(location.url)}"
+    meeting.agree(point, _facts(plan))
+    if meeting.job.is_primary:
+        meeting.tell(point)
+    else:
+        meeting.hear(point)
+
+
+def joined(
+    meeting: Meeting, plan: SavePlan, location: Location, checksums: Mapping[str, Checksums]
+) -> dict[str, list[str]] | None:
+    """The checksums of every array once all processes have written; None on processes that are not primary.
+
+    Raises:
+      errors.StorageError: a chunk was written by nobody, or by two processes.
+    """
+    if meeting.job.others:
+        if not meeting.job.is_primary:
+            known = {name: {str(i): text for i, text in sums.known().items()} for name, sums in checksums.items()}
+            location.write_bytes(_part_file(meeting.job.process_index), orjson.dumps({k: v for k, v in known.items() if v}))
+        if meeting.gather(f"chunks-{_short(location.url)}") is None:
+            return None
+        for process in meeting.job.others:
+            _learn(location, _part_file(process), checksums)
+        assert isinstance(plan.backend, ManyWriters)
+        plan.backend.merge(location, meeting.job)
+    return {name: sums.texts() for name, sums in checksums.items()}
+
+
+def _part_file(process: int) -> str:
+    return f"ckptkit_index.process_{process}"
+
+
+def _learn(location: Location, file: str, checksums: Mapping[str, Checksums]) -> None:
+    where = f"{location.url}/{file}"
+    for name, known in json.expect(json.load(location.read_bytes(file), where), dict, "the document", where).items():
+        if name not in checksums:
+            raise errors.StorageError(f"{where}: checksums of an array {name!r}, which this process does not save.")
+        checksums[name].learn({int(position): text for position, text in known.items()})
+    location.delete(file)
+
+
+def _facts(plan: SavePlan) -> dict[str, object]:
+    """What must be the same on every process; values kept on hosts may differ, and are the primary's."""
+    digest = hashlib.blake2b(digest_size=8)
+    shardings: dict[int, str] = {}  # leaves share a few, each as long as there are devices
+    for key_path, node in zip(plan.structure.paths, plan.nodes, strict=True):
+        if isinstance(node, LeafSpec):
+            if (sharding := shardings.get(id(node.sharding))) is None:
+                sharding = shardings[id(node.sharding)] = repr(node.sharding)
+            digest.update(repr((key_path, node.typestr, node.array, sharding)).encode())
+        else:
+            digest.update(repr((key_path, type(node).__name__)).encode())
+    return {
+        "leaves": len(plan.nodes),
+        "keys, shapes, dtypes and shardings (their digest)": digest.hexdigest(),
+        "storage": f"{plan.backend.name}, {plan.options}",
+    }
+
+
+def _short(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -1,0 +1,73 @@
+"""One database of several: each process writes one of its own, and the primary a tree over the values of all of them.
+
+Values stay where they are. The own databases lie below the common one, in `ocdbt.process_<k>/`, as Orbax lays them out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import tensorstore as ts
+
+from ckptkit import commit
+from ckptkit.location import Location
+from ckptkit.options import StorageOptions
+from ckptkit.processes import Job
+from ckptkit.storage._data_files import data_files
+from ckptkit.storage._ocdbt_nodes import MANIFEST, Entry, Place, encode_manifest, encode_tree
+from ckptkit.storage._ocdbt_values import OcdbtValues
+from ckptkit.storage._ocdbt_writer import OcdbtWriter
+from ckptkit.storage._tensorstore import mapped_tensorstore_errors
+from ckptkit.storage._values import Extent
+from ckptkit.storage.base import ArraySpec
+
+__all__ = ["PartWriter", "merge"]
+
+
+class PartWriter(OcdbtWriter):
+    """Writes the database of one process among several; that of the primary holds the arrays' documents."""
+
+    def __init__(self, location: Location, arrays: Sequence[ArraySpec], options: StorageOptions, job: Job) -> None:
+        self._part = location.child(_directory(job.process_index))
+        self._synced_here = not job.is_primary
+        super().__init__(self._part, arrays, options, documents=job.is_primary)
+
+    def commit(self) -> None:
+        super().commit()
+        if self._synced_here and self._part.local_path is not None:
+            commit.sync_directory(self._part.local_path)
+
+
+def _directory(process: int) -> str:
+    """Where a process writes its own database, relative to the common one."""
+    return f"ocdbt.process_{process}"
+
+
+def merge(location: Location, processes: Sequence[int]) -> None:
+    """Writes the tree of the common database.
+
+    Raises:
+      errors.NotFoundError: a process has written no database.
+      errors.StorageError: the system refused.
+    """
+    entries: dict[bytes, Entry] = {}
+    for process in processes:
+        entries.update((entry.key, entry) for entry in _entries(location, _directory(process)))
+    files = data_files(location, "", None)
+    try:
+        root, height = encode_tree(entries.values(), lambda node: files.append([np.frombuffer(node, np.uint8)])[0])
+        files.finish()
+    finally:
+        files.close()
+    location.write_bytes(MANIFEST, encode_manifest(root, height))
+
+
+def _entries(location: Location, directory: str) -> Iterator[Entry]:
+    part = location.child(directory)
+    context = ts.Context()
+    with mapped_tensorstore_errors(part.url):
+        base = ts.KvStore.open(part.kvstore(), context=context).result()
+    for key, value in OcdbtValues(part, base, context).entries().items():
+        place = Place(f"{directory}/", value.path, value.offset, value.nbytes) if isinstance(value, Extent) else value
+        yield Entry(key, place)

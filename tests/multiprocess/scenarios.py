@@ -1,0 +1,284 @@
+"""What the processes of a job do together, by name. Each returns what JSON holds; an exception is told by class and message."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+import ckptkit
+from ckptkit import args as ckpt_args
+from ckptkit import errors
+from ckptkit.options import MultiprocessingOptions
+from ckptkit.registry import Registry
+from ckptkit.storage.base import StorageBackend
+from ckptkit.storage.ocdbt import OcdbtBackend
+
+P = PartitionSpec
+
+SHORT = MultiprocessingOptions(timeout_secs=3)
+
+
+def line() -> jax.sharding.Mesh:
+    """All devices in a row."""
+    return jax.sharding.Mesh(np.array(jax.devices()), ("x",))
+
+
+def grid() -> jax.sharding.Mesh:
+    """All devices in two columns; in one where there is one device."""
+    devices = np.array(jax.devices())
+    return jax.sharding.Mesh(devices.reshape(-1, min(2, devices.size)), ("a", "b"))
+
+
+def values() -> dict[str, np.ndarray]:
+    """The same on every process and in every job."""
+    rng = np.random.default_rng(7)
+    return {
+        "rows": rng.normal(size=(64, 6)).astype(np.float32),
+        "columns": rng.normal(size=(6, 64)).astype(jnp.bfloat16),
+        "replicated": rng.integers(0, 1000, (5, 3), np.int32),
+        "large": rng.normal(size=(1024, 1024)).astype(np.float32),
+        "tiles": rng.normal(size=(32, 32)).astype(np.float32),
+        "partly": rng.normal(size=(32, 8)).astype(np.float16),
+        "scalar": np.float32(2.5),
+    }
+
+
+def shardings() -> dict[str, NamedSharding]:
+    return {
+        "rows": NamedSharding(line(), P("x")),
+        "columns": NamedSharding(line(), P(None, "x")),
+        "replicated": NamedSharding(line(), P()),
+        "large": NamedSharding(line(), P()),
+        "tiles": NamedSharding(grid(), P("a", "b")),
+        "partly": NamedSharding(grid(), P("b")),
+        "scalar": NamedSharding(line(), P()),
+    }
+
+
+def placed(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    return jax.make_array_from_callback(np.shape(value), sharding, lambda index: np.asarray(value)[index])
+
+
+def arrays() -> dict[str, jax.Array]:
+    where = shardings()
+    return {name: placed(value, where[name]) for name, value in values().items()}
+
+
+def targets() -> dict[str, jax.ShapeDtypeStruct]:
+    where = shardings()
+    return {name: jax.ShapeDtypeStruct(np.shape(v), v.dtype, sharding=where[name]) for name, v in values().items()}
+
+
+def tree() -> dict[str, Any]:
+    return {"arrays": arrays(), "host": np.arange(6.0), "step": 3, "note": "text", "empty": {}}
+
+
+def wrong(restored: dict[str, jax.Array]) -> list[str]:
+    """The names of arrays of which a local shard differs from what was saved."""
+    expected = values()
+    assert restored.keys() == expected.keys()
+    bad = []
+    for name, array in restored.items():
+        value = np.asarray(expected[name])
+        kind = (array.shape, array.dtype)
+        if kind != (value.shape, value.dtype) or any(
+            np.asarray(shard.data).tobytes() != value[shard.index].tobytes() for shard in array.addressable_shards
+        ):
+            bad.append(name)
+    return bad
+
+
+def files(path: Path) -> list[str]:
+    return sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file())
+
+
+def standard(**options: Any) -> ckptkit.StandardCheckpointer:
+    return ckptkit.StandardCheckpointer(**{"multiprocessing_options": SHORT, **options})
+
+
+def round_trip(directory: Path, plan: Any) -> Any:
+    path = directory / "round_trip"
+    with ckptkit.AsyncCheckpointer(multiprocessing_options=SHORT) as checkpointer:
+        checkpointer.save(path, ckpt_args.PyTreeSave(tree()))
+        checkpointer.wait_until_finished()
+        names = files(path)
+        whole = checkpointer.restore(path)
+        targeted = checkpointer.restore(path, ckpt_args.StandardRestore({**tree(), "arrays": targets()}))
+    assert whole["host"].tolist() == list(range(6))
+    assert (whole["step"], whole["note"], whole["empty"]) == (3, "text", {})
+    return {"wrong": wrong(whole["arrays"]) + wrong(targeted["arrays"]), "files": names}
+
+
+def many_saves(directory: Path, plan: Any) -> Any:
+    with standard() as checkpointer:
+        for step in range(5):
+            checkpointer.save(directory / "many" / str(step), {"a": arrays()["rows"], "step": step})
+        checkpointer.wait_until_finished()
+        checkpointer.save(directory / "many" / "0", {"a": arrays()["rows"], "step": 100}, force=True)
+        return [checkpointer.restore(directory / "many" / str(step))["step"] for step in range(5)]
+
+
+def without_ocdbt(directory: Path, plan: Any) -> Any:
+    path = directory / "without_ocdbt"
+    with standard(storage="zarr") as checkpointer:
+        checkpointer.save(path, arrays())
+        return wrong(checkpointer.restore(path))
+
+
+def composite(directory: Path, plan: Any) -> Any:
+    path = directory / "composite"
+    items = ckpt_args.Composite(
+        state=ckpt_args.StandardSave(arrays()), more=ckpt_args.StandardSave({"b": np.ones(3)}), info=ckpt_args.JsonSave({"x": 1})
+    )
+    with ckptkit.AsyncCheckpointer(multiprocessing_options=SHORT) as checkpointer:
+        checkpointer.save(path, items)
+        restored = checkpointer.restore(path)
+    return {"wrong": wrong(restored["state"]), "info": restored["info"]}
+
+
+def to_orbax(directory: Path, plan: Any) -> Any:
+    import orbax.checkpoint as ocp
+
+    path = directory / "to_orbax"
+    with standard() as checkpointer:
+        checkpointer.save(path, arrays())
+        checkpointer.wait_until_finished()
+    with ocp.StandardCheckpointer() as theirs:
+        return wrong(theirs.restore(path, targets()))
+
+
+def from_orbax(directory: Path, plan: Any) -> Any:
+    import orbax.checkpoint as ocp
+
+    path = directory / "from_orbax"
+    with ocp.StandardCheckpointer() as theirs:
+        theirs.save(path, arrays())
+        theirs.wait_until_finished()
+    with standard() as checkpointer:
+        return wrong(checkpointer.restore(path)) + wrong(checkpointer.restore(path, targets()))
+
+
+def raised(directory: Path, name: str, save: Any) -> Any:
+    """What a save raises, after how many seconds, what it left, and whether the next save works."""
+    start = time.monotonic()
+    try:
+        save(directory / name)
+    except Exception as error:
+        found = {"error": type(error).__name__, "message": str(error), "secs": time.monotonic() - start}
+    else:
+        found = {"error": None}
+    with standard() as checkpointer:
+        checkpointer.save(directory / f"{name}_after", {"a": arrays()["rows"]})
+        checkpointer.wait_until_finished()
+    return {**found, "left": sorted(p.name for p in directory.glob(f"{name}*") if p.is_dir())}
+
+
+def saved(path: Path, item: Any, **options: Any) -> None:
+    with standard(**options) as checkpointer:
+        checkpointer.save(path, item)
+        checkpointer.wait_until_finished()
+
+
+def other_tree(directory: Path, plan: Any) -> Any:
+    item = arrays() if plan["rank"] == 0 else {**arrays(), "more": np.ones(2)}
+    return raised(directory, "other_tree", lambda path: saved(path, item))
+
+
+def other_shape(directory: Path, plan: Any) -> Any:
+    return raised(directory, "other_shape", lambda path: saved(path, {"a": np.ones(2 + plan["rank"])}))
+
+
+def other_path(directory: Path, plan: Any) -> Any:
+    return raised(directory, "other_path", lambda path: saved(path / str(plan["rank"]), arrays()))
+
+
+def host_local(directory: Path, plan: Any) -> Any:
+    return raised(directory, "host_local", lambda path: saved(path, {"a": jnp.ones(3)}))
+
+
+def bad_leaf(directory: Path, plan: Any) -> Any:
+    leaf = object() if plan["rank"] == 1 else 1
+    return raised(directory, "bad_leaf", lambda path: saved(path, {"a": leaf, "b": arrays()}))
+
+
+def taken(directory: Path, plan: Any) -> Any:
+    (directory / "taken").mkdir(exist_ok=True)
+    return raised(directory, "taken", lambda path: saved(path, arrays()))
+
+
+def unshared(directory: Path, plan: Any) -> Any:
+    """A path that leads each process into a directory of its own."""
+    return raised(directory, "unshared", lambda _: saved(Path(f"/proc/self/cwd/{'unshared'}"), arrays()))
+
+
+def local_each(directory: Path, plan: Any) -> Any:
+    path = directory / f"local_{plan['rank']}"
+    with standard(multiprocessing_options=MultiprocessingOptions(primary_host=None)) as checkpointer:
+        checkpointer.save(path, {"a": jnp.full(3, plan["rank"])})
+        return np.asarray(checkpointer.restore(path)["a"]).tolist()
+
+
+def some_of_them(directory: Path, plan: Any) -> Any:
+    """Process 0 saves alone, with arrays of its own."""
+    alone = MultiprocessingOptions(active_processes={0})
+    with standard(multiprocessing_options=alone) as checkpointer:
+        try:
+            checkpointer.save(directory / "some", {"a": jnp.ones(2)})
+        except errors.ArgsError:
+            return "ArgsError"
+        return np.asarray(checkpointer.restore(directory / "some")["a"]).tolist()
+
+
+def one_writer(directory: Path, plan: Any) -> Any:
+    """A backend that does not say that several processes can write with it."""
+
+    class Single(StorageBackend):
+        name = "single"
+        refuse = OcdbtBackend.refuse
+        writer = OcdbtBackend.writer
+        reader = OcdbtBackend.reader
+        recognises = OcdbtBackend.recognises
+
+    registry = Registry.with_builtins()
+    registry.add_storage(Single())
+    return raised(directory, "one_writer", lambda path: saved(path, arrays(), registry=registry, storage="single"))
+
+
+def missing_call(directory: Path, plan: Any) -> Any:
+    """Process 1 does not call save where the others do, and is back at the next one."""
+
+    def save(path: Path) -> None:
+        if plan["rank"] == 1:
+            time.sleep(5)
+            raise RuntimeError("not calling save")
+        saved(path, arrays())
+
+    return raised(directory, "missing_call", save)
+
+
+def bytes_read(directory: Path, plan: Any) -> Any:
+    """Bytes that this process reads to restore 16 MB by columns that were saved by rows, beside what its devices hold."""
+    value = np.arange(1 << 22, dtype=np.float32).reshape(2048, 2048)
+    path = directory / "bytes_read"
+    saved(path, {"a": placed(value, NamedSharding(line(), P("x")))})
+    target = {"a": jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=NamedSharding(line(), P("x")))}
+    halves = jax.sharding.Mesh(np.array(jax.devices())[::-1], ("x",))
+    swapped = {"a": jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=NamedSharding(halves, P("x")))}
+    with standard() as checkpointer:
+        checkpointer.restore(path, target)
+        before = _read_so_far()
+        restored = checkpointer.restore(path, swapped)["a"]
+        read = _read_so_far() - before
+    assert all(np.array_equal(np.asarray(s.data), value[s.index]) for s in restored.addressable_shards)
+    return {"read": read, "held": sum(shard.data.nbytes for shard in restored.addressable_shards)}
+
+
+def _read_so_far() -> int:
+    with open("/proc/self/io") as file:
+        return int(file.readline().split()[1])

@@ -1,0 +1,117 @@
+"""Two processes of two devices, started once: what they save and restore together, and what they refuse."""
+
+from __future__ import annotations
+
+import pytest
+from runner import play
+
+SCENARIOS = [
+    "round_trip",
+    "many_saves",
+    "without_ocdbt",
+    "composite",
+    "bytes_read",
+    "some_of_them",
+    "other_tree",
+    "other_shape",
+    "other_path",
+    "host_local",
+    "bad_leaf",
+    "taken",
+    "unshared",
+    "local_each",
+    "missing_call",
+    "one_writer",
+]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What each process found, by scenario."""
+    return play(tmp_path_factory.mktemp("two"), 2, SCENARIOS)
+
+
+def values(found, scenario):
+    results = found[scenario]
+    assert all("value" in result for result in results.values()), results
+    return [results[rank]["value"] for rank in sorted(results)]
+
+
+def test_a_tree_comes_back_as_it_was_saved(found):
+    assert [value["wrong"] for value in values(found, "round_trip")] == [[], []]
+
+
+def test_the_layout_is_that_of_orbax(found):
+    names = values(found, "round_trip")[0]["files"]
+    assert {"manifest.ocdbt", "ocdbt.process_0/manifest.ocdbt", "ocdbt.process_1/manifest.ocdbt"} <= set(names)
+    assert not [name for name in names if "token" in name or "index.process" in name]
+
+
+def test_saves_follow_each_other_in_the_background(found):
+    assert values(found, "many_saves") == [[100, 1, 2, 3, 4]] * 2
+
+
+def test_the_zarr_backend_needs_no_merge(found):
+    assert values(found, "without_ocdbt") == [[], []]
+
+
+def test_every_item_of_a_composite_is_written_once(found):
+    assert values(found, "composite") == [{"wrong": [], "info": {"x": 1}}] * 2
+
+
+def test_a_process_reads_what_its_devices_hold(found):
+    for value in values(found, "bytes_read"):
+        assert value["held"] == 8 << 20
+        assert value["read"] <= 1.1 * value["held"]
+
+
+def test_some_processes_save_without_the_others(found):
+    assert values(found, "some_of_them") == [[1.0, 1.0], "ArgsError"]
+
+
+@pytest.mark.parametrize("scenario", ["other_tree", "other_shape", "other_path"])
+def test_processes_that_save_different_things_are_told_who_does(found, scenario):
+    for value in values(found, scenario):
+        assert value["error"] == "ProcessError"
+        assert "process 0: " in value["message"]
+        assert "process 1: " in value["message"]
+        assert value["left"] == [f"{scenario}_after"]
+
+
+def test_an_array_of_one_process_is_refused_with_what_to_do(found):
+    for value in values(found, "host_local"):
+        assert value["error"] == "TreeError"
+        assert "make_array_from_process_local_data" in value["message"]
+
+
+def test_what_one_process_cannot_save_fails_the_save_on_all(found):
+    assert [value["error"] for value in values(found, "bad_leaf")] == ["TreeError"] * 2
+    assert "process 1 failed: " in values(found, "bad_leaf")[0]["message"]
+    assert [value["left"] for value in values(found, "bad_leaf")] == [["bad_leaf_after"]] * 2
+
+
+def test_a_taken_destination_is_the_same_error_on_all(found):
+    assert [value["error"] for value in values(found, "taken")] == ["ExistsError"] * 2
+
+
+def test_storage_that_is_not_shared_is_noticed_early(found):
+    for value in values(found, "unshared"):
+        assert value["error"] == "StorageError"
+        assert "share no storage" in value["message"]
+        assert value["secs"] < 3.5
+
+
+def test_each_process_may_save_its_own(found):
+    assert values(found, "local_each") == [[0, 0, 0], [1, 1, 1]]
+
+
+def test_a_process_that_does_not_call_save_is_named_and_may_come_back(found):
+    primary = values(found, "missing_call")[0]
+    assert primary["error"] == "TimeoutError"
+    assert "process 1 of 2 did not come" in primary["message"]
+    assert primary["secs"] < 5
+    assert primary["left"] == ["missing_call_after"]
+
+
+def test_a_backend_of_one_process_is_refused(found):
+    assert [value["error"] for value in values(found, "one_writer")] == ["ArgsError"] * 2

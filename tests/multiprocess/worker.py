@@ -1,0 +1,52 @@
+"""One process of a job: plays scenarios, and writes what it found into files for the test that started it."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import jax
+
+
+def main() -> None:
+    plan = json.loads(sys.argv[1])
+    faulthandler.dump_traceback_later(plan.get("dump_secs", 100), exit=False)
+    jax.config.update("jax_num_cpu_devices", plan["devices"])
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_recoverability", plan.get("recoverable", False))
+    jax.distributed.initialize(
+        f"127.0.0.1:{plan['port']}",
+        plan["count"],
+        plan["rank"],
+        initialization_timeout=60,
+        heartbeat_timeout_seconds=plan.get("heartbeat_secs", 100),
+    )
+    import scenarios
+
+    directory = Path(plan["directory"])
+    failed = False
+    for name in plan["scenarios"]:
+        print(f"--- {name}", flush=True)
+        try:
+            found = {"value": getattr(scenarios, name)(directory, plan)}
+        except Exception as error:
+            traceback.print_exc()
+            found = {"error": type(error).__name__, "message": str(error)}
+            failed = True
+        temporary = directory / f".{name}_{plan['rank']}"
+        temporary.write_text(json.dumps(found))
+        temporary.rename(directory / f"{name}_{plan['rank']}.json")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if plan.get("abrupt") and failed:
+        os._exit(3)  # without waiting for processes that are gone
+    if plan.get("abrupt"):
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
