@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -282,3 +284,101 @@ def bytes_read(directory: Path, plan: Any) -> Any:
 def _read_so_far() -> int:
     with open("/proc/self/io") as file:
         return int(file.readline().split()[1])
+
+
+def raised_at_each_stage(directory: Path, plan: Any) -> Any:
+    """Every process in turn fails at every stage that it comes to, over a checkpoint that must stay as it was."""
+    found = {}
+    for victim in range(plan["count"]):
+        own = ["merge", "commit"] if victim == 0 else ["end"]
+        for stage in ["stage", "write", "barrier", "part", *own]:
+            found[f"{stage} {victim}"] = _faulty_save(directory / f"{stage}_{victim}", plan, stage, "raise", victim)
+    return found
+
+
+def struck(directory: Path, plan: Any) -> Any:
+    """One process is killed or stopped at one stage."""
+    fault = plan["fault"]
+    return _faulty_save(directory / "struck_checkpoint", plan, **fault)
+
+
+def _faulty_save(path: Path, plan: Any, stage: str, action: str, victim: int, primary: int = 0) -> dict[str, Any]:
+    from faults import fail_at
+
+    options = MultiprocessingOptions(timeout_secs=3, primary_host=primary)
+    with standard(multiprocessing_options=options) as checkpointer:
+        checkpointer.save(path, {"a": arrays()["rows"], "step": 1})
+        checkpointer.wait_until_finished()
+        disarm = fail_at(stage, action, path.parent) if plan["rank"] == victim else lambda: None
+        start = time.monotonic()
+        found: dict[str, Any] = {"error": None}
+        try:
+            checkpointer.save(path, {"a": arrays()["rows"], "step": 2}, force=True)
+            checkpointer.wait_until_finished()
+        except Exception as error:
+            found = {"error": type(error).__name__, "message": str(error), "secs": time.monotonic() - start}
+        disarm()
+        found["step"] = checkpointer.restore(path)["step"]
+        found["left"] = sorted(p.name for p in path.parent.glob(f"{path.name}.*"))
+    (path.parent / f"gave_up_{plan['rank']}").touch()
+    found["again"] = _saves_again(path, plan, victim if action == "kill" else None)
+    return found
+
+
+def _saves_again(path: Path, plan: Any, gone: int | None) -> int:
+    """The step that the next save of those who are left leaves."""
+    ranks = set(range(plan["count"])) - {gone}
+    options = MultiprocessingOptions(timeout_secs=6, active_processes=ranks, primary_host=min(ranks))
+    item = {"step": 3} if gone is not None else {"a": arrays()["rows"], "step": 3}
+    with standard(multiprocessing_options=SHORT if gone is None else options) as checkpointer:
+        checkpointer.save(path, item, force=True)
+        checkpointer.wait_until_finished()
+        return checkpointer.restore(path)["step"]
+
+
+def disk_full(directory: Path, plan: Any) -> Any:
+    """Process 1 may write no file of more than 100 kB."""
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    if plan["rank"] == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, unlimited[1]))
+    try:
+        return raised(directory, "disk_full", lambda path: saved(path, {"a": placed(values()["large"], shardings()["rows"])}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+
+
+def keeps_saving(directory: Path, plan: Any) -> None:
+    """Saves until somebody ends the process."""
+    for step in range(1000):
+        saved(directory / "kept" / str(step), {"a": arrays()["rows"], "step": step})
+        (directory / f"kept_{step}").touch()
+
+
+def saves_once_more(directory: Path, plan: Any) -> Any:
+    newest = max(int(path.name) for path in (directory / "kept").iterdir() if path.name.isdecimal())
+    with standard() as checkpointer:
+        whole = [wrong({**arrays(), "rows": checkpointer.restore(directory / "kept" / str(newest))["a"]})]
+        checkpointer.save(directory / "kept" / str(newest + 1), {"a": arrays()["rows"], "step": newest + 1})
+        checkpointer.wait_until_finished()
+    return whole, sorted(path.name for path in (directory / "kept").iterdir() if not path.name.isdecimal())
+
+
+def same_path(directory: Path, plan: Any) -> Any:
+    """Saves to a path to which another job saves, again and again."""
+    path = directory / "shared" / "contested"
+    raised = []
+    for _ in range(15):
+        try:
+            saved(path, {"a": arrays()["rows"]})
+        except errors.BusyError:
+            raised.append("BusyError")
+        except errors.ExistsError:
+            with standard() as checkpointer:
+                try:
+                    checkpointer.save(path, {"a": arrays()["rows"]}, force=True)
+                    checkpointer.wait_until_finished()
+                except errors.BusyError:
+                    raised.append("BusyError")
+    with standard() as checkpointer:
+        return {"errors": raised, "wrong": wrong({**arrays(), "rows": checkpointer.restore(path)["a"]})}

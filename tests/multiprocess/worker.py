@@ -6,6 +6,7 @@ import faulthandler
 import json
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -42,10 +43,11 @@ def main() -> None:
         temporary.rename(directory / f"{name}_{plan['rank']}.json")
     sys.stdout.flush()
     sys.stderr.flush()
-    if plan.get("abrupt") and failed:
-        os._exit(3)  # without waiting for processes that are gone
-    if plan.get("abrupt"):
-        os._exit(0)
+    if "survivors" in plan:  # without waiting for processes that are gone; process 0 last, since JAX ends the others with it
+        last = [directory / f"{plan['scenarios'][-1]}_{rank}.json" for rank in plan["survivors"]]
+        while plan["rank"] == 0 and not all(path.exists() for path in last):
+            time.sleep(0.05)
+        os._exit(failed)
 
 
 if __name__ == "__main__":
