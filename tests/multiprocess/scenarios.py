@@ -382,3 +382,30 @@ def same_path(directory: Path, plan: Any) -> Any:
                     raised.append("BusyError")
     with standard() as checkpointer:
         return {"errors": raised, "wrong": wrong({**arrays(), "rows": checkpointer.restore(path)["a"]})}
+
+
+def writes(directory: Path, plan: Any) -> None:
+    import orbax.checkpoint as ocp
+
+    item = {"arrays": arrays(), "step": 3}
+    long = MultiprocessingOptions()
+    saved(directory / f"ckptkit_{plan['label']}", item, multiprocessing_options=long)
+    saved(directory / f"zarr_{plan['label']}", item, multiprocessing_options=long, storage="zarr")
+    with ocp.StandardCheckpointer() as theirs:
+        theirs.save(directory / f"orbax_{plan['label']}", item)
+        theirs.wait_until_finished()
+
+
+def reads(directory: Path, plan: Any) -> dict[str, list[str]]:
+    """The arrays that come back wrong, by who saved them."""
+    import orbax.checkpoint as ocp
+
+    target = {"arrays": targets(), "step": 0}
+    found = {}
+    with standard() as checkpointer, ocp.StandardCheckpointer() as theirs:
+        for label in plan["labels"]:
+            for kind in ("ckptkit", "zarr", "orbax"):
+                restored = checkpointer.restore(directory / f"{kind}_{label}", target)
+                found[f"{kind} {label}"] = [*wrong(restored["arrays"]), *["step"] * (restored["step"] != 3)]
+            found[f"to orbax {label}"] = wrong(theirs.restore(directory / f"ckptkit_{label}", target)["arrays"])
+    return found
