@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from ckptkit.leaves.base import SaveArgs as SaveArgs
     from ckptkit.leaves.base import TypeHandler as TypeHandler
     from ckptkit.options import AsyncOptions as AsyncOptions
+    from ckptkit.processes import reached_preemption as reached_preemption
     from ckptkit.registry import Registry as Registry
     from ckptkit.registry import default_registry as default_registry
     from ckptkit.storage.base import StorageBackend as StorageBackend
@@ -91,6 +92,7 @@ else:
             "metadata": "ckptkit.metadata",
             "options": "ckptkit.options",
             "progress": "ckptkit.progress",
+            "reached_preemption": "ckptkit.processes",
             "reports": "ckptkit.reports",
             "restore": "ckptkit.everyday",
             "save": "ckptkit.everyday",

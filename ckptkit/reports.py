@@ -16,11 +16,11 @@ __all__ = ["ProgressEvent", "RestoreReport", "SaveReport", "Tracker", "current_t
 
 @attrs.frozen(kw_only=True)
 class SaveReport:
-    """One committed save.
+    """One committed save; of several processes, the primary tells of it.
 
     Attributes:
       path: the checkpoint.
-      byte_count: bytes of leaves written, before any compression.
+      byte_count: bytes of leaves that this process wrote, before any compression.
       leaf_count: leaves written.
       blocking_secs: how long the caller was held.
       total_secs: from the call to the commit.

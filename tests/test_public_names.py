@@ -17,8 +17,8 @@ NAMES = {
         Checkpointer CompositeCheckpointHandler JaxRandomKeyCheckpointHandler JsonCheckpointHandler
         NumpyRandomKeyCheckpointHandler PLACEHOLDER PyTreeCheckpointHandler PyTreeCheckpointer Registry RestoreArgs SaveArgs
         StandardCheckpointHandler StandardCheckpointer StorageBackend TypeHandler args checkpoint_utils construct_restore_args
-        default_registry errors handlers hookimpl hookspec hookspecs leaves metadata options progress reports restore save
-        save_async storage type_handlers utils""",
+        default_registry errors handlers hookimpl hookspec hookspecs leaves metadata options progress reached_preemption reports
+        restore save save_async storage type_handlers utils""",
     ".handlers": """ArrayCheckpointHandler AsyncCheckpointHandler CheckpointHandler CompositeCheckpointHandler
         JaxRandomKeyCheckpointHandler JsonCheckpointHandler NumpyRandomKeyCheckpointHandler PyTreeCheckpointHandler
         StandardCheckpointHandler""",

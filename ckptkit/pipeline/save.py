@@ -12,7 +12,7 @@ import attrs
 
 from ckptkit import errors, reports
 from ckptkit._gc import paused_gc
-from ckptkit.grid import Array, Chunk, index_shape
+from ckptkit.grid import Array, Chunk, index_nbytes, index_shape
 from ckptkit.index import Checksums
 from ckptkit.leaves.base import TypeHandler
 from ckptkit.location import Location
@@ -98,7 +98,7 @@ def start_save(
     batches: SimpleQueue[_Staged | None] = SimpleQueue()
     budget = _Budget(plan.max_inflight_bytes)
     tracker = reports.current_tracker("save")
-    tracker.expect(sum([array.nbytes for array in plan.arrays]), sum([len(group.specs) for group in plan.groups]))
+    tracker.expect(_byte_count(plan, current_meeting()), sum([len(group.specs) for group in plan.groups]))
     # Not a daemon: the interpreter waits for it at exit, so that a save under way is finished.
     writer = threading.Thread(
         target=_write,
@@ -126,6 +126,14 @@ def start_save(
     if not writer.ident:
         writer.start()
     return result
+
+
+def _byte_count(plan: SavePlan, meeting: Meeting) -> int:
+    """Bytes of leaves that this process writes."""
+    if not meeting.job.others:
+        return sum([array.nbytes for array in plan.arrays])
+    pieces = [piece for group in plan.groups for batch in group.batches for piece in batch.pieces]
+    return sum([index_nbytes(spec.array, cell) for _, spec, cell in pieces if spec.array is not None])
 
 
 def _chunks(staged: _Staged) -> Sequence[Chunk]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import time
@@ -181,9 +182,9 @@ def raised(directory: Path, name: str, save: Any) -> Any:
     return {**found, "left": sorted(p.name for p in directory.glob(f"{name}*") if p.is_dir())}
 
 
-def saved(path: Path, item: Any, **options: Any) -> None:
+def saved(path: Path, item: Any, force: bool = False, **options: Any) -> None:
     with standard(**options) as checkpointer:
-        checkpointer.save(path, item)
+        checkpointer.save(path, item, force=force)
         checkpointer.wait_until_finished()
 
 
@@ -409,3 +410,36 @@ def reads(directory: Path, plan: Any) -> dict[str, list[str]]:
                 found[f"{kind} {label}"] = [*wrong(restored["arrays"]), *["step"] * (restored["step"] != 3)]
             found[f"to orbax {label}"] = wrong(theirs.restore(directory / f"ckptkit_{label}", target)["arrays"])
     return found
+
+
+def preempted(directory: Path, plan: Any) -> Any:
+    """The step at which this process hears that the job is to end, and what is saved there."""
+    for step in range(400):
+        (directory / f"stepping_{plan['rank']}").touch()
+        if ckptkit.reached_preemption(step):
+            saved(directory / "preempted", {"a": arrays()["rows"], "step": step})
+            with standard() as checkpointer:
+                return [step, checkpointer.restore(directory / "preempted")["step"]]
+        time.sleep(0.05)
+    return None
+
+
+def survives(directory: Path, plan: Any) -> Any:
+    """Process 1 dies; process 0 saves alone, before and after JAX itself has noticed."""
+    saved(directory / "survives", {"step": 1})
+    if plan["rank"] == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    alone = MultiprocessingOptions(active_processes={0})
+    start = time.monotonic()
+    try:
+        saved(directory / "survives", {"step": 2}, force=True)
+    except errors.TimeoutError:
+        saved(directory / "survives", {"step": 3}, force=True, multiprocessing_options=alone)
+    time.sleep(max(0.0, 2 * plan["heartbeat_secs"] - (time.monotonic() - start)))
+    saved(directory / "survives", {"step": 4}, force=True, multiprocessing_options=alone)
+    with standard() as checkpointer:
+        return checkpointer.restore(directory / "survives")["step"]
+
+
+def step_there(directory: Path, plan: Any) -> Any:
+    return ckptkit.restore(directory / plan["path"], devices="numpy")["step"]

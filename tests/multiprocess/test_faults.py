@@ -80,6 +80,21 @@ def test_the_death_of_process_0_ends_all_and_a_restarted_job_saves(tmp_path):
     assert [name for name in left if not name.endswith(".orbax-checkpoint-tmp")] == []
 
 
+def test_a_stopped_process_0_ends_all_after_the_heartbeat_of_jax_and_the_old_checkpoint_stays(tmp_path):
+    fault = {"stage": "commit", "action": "stop", "victim": 0}
+    with Job(tmp_path, 2, ["struck"], fault=fault, heartbeat_secs=10) as job:
+        job.until("struck")
+        assert job.wait(40, [1]) != [0], job.outputs()
+    kept = play(tmp_path, 1, ["step_there"], path="struck_checkpoint")["step_there"]
+    assert kept[0]["value"] == 1
+
+
+def test_with_recoverability_the_others_save_on_after_jax_has_noticed_a_death(tmp_path):
+    with Job(tmp_path, 2, ["survives"], recoverable=True, heartbeat_secs=10, survivors=[0]) as job:
+        assert job.wait(60) == [0, -signal.SIGKILL], job.outputs()
+        assert job.results("survives")[0] == {"value": 4}
+
+
 def test_two_jobs_on_one_path_do_not_mix(tmp_path):
     os.mkdir(tmp_path / "a")
     os.mkdir(tmp_path / "b")
