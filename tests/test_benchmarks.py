@@ -36,3 +36,12 @@ def test_many_small_leaves_stay_many_times_faster_than_in_orbax(tmp_path: Path) 
 def test_growth_is_measured() -> None:
     printed = _run("growth.py", "--leaves", "100,1000", "--megabytes", "1", "--rounds", "1")
     assert "1,000" in printed
+
+
+@pytest.mark.slow
+def test_what_several_processes_cost_is_measured() -> None:
+    options = ("--processes", "2", "--leaves", "10", "--rounds", "1", "--meetings", "4", "--arrays", "10")
+    printed = _run("processes.py", "--parts", "saves,meetings,merge", *options)
+    assert "orbax" in printed
+    assert "us a process" in printed
+    assert "us a key" in printed

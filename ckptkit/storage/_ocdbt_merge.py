@@ -11,6 +11,7 @@ import numpy as np
 import tensorstore as ts
 
 from ckptkit import commit
+from ckptkit._gc import paused_gc
 from ckptkit.location import Location
 from ckptkit.options import StorageOptions
 from ckptkit.processes import Job
@@ -44,6 +45,7 @@ def _directory(process: int) -> str:
     return f"ocdbt.process_{process}"
 
 
+@paused_gc()
 def merge(location: Location, processes: Sequence[int]) -> None:
     """Writes the tree of the common database.
 

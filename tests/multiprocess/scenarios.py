@@ -265,21 +265,32 @@ def missing_call(directory: Path, plan: Any) -> Any:
     return raised(directory, "missing_call", save)
 
 
+def matrix() -> np.ndarray:
+    return np.arange(1 << 22, dtype=np.float32).reshape(2048, 2048)
+
+
+def saves_matrix(directory: Path, plan: Any) -> None:
+    """16 MB on rows of devices, in cells of 1 MB."""
+    item = {"a": placed(matrix(), NamedSharding(line(), P("x")))}
+    path = directory / f"matrix_{plan['count']}"
+    saved(path, ckpt_args.StandardSave(item, save_args={"a": ckptkit.SaveArgs(chunk_byte_size=1 << 20)}))
+
+
 def bytes_read(directory: Path, plan: Any) -> Any:
-    """Bytes that this process reads to restore 16 MB by columns that were saved by rows, beside what its devices hold."""
-    value = np.arange(1 << 22, dtype=np.float32).reshape(2048, 2048)
-    path = directory / "bytes_read"
-    saved(path, {"a": placed(value, NamedSharding(line(), P("x")))})
-    target = {"a": jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=NamedSharding(line(), P("x")))}
-    halves = jax.sharding.Mesh(np.array(jax.devices())[::-1], ("x",))
-    swapped = {"a": jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=NamedSharding(halves, P("x")))}
+    """Bytes that this process reads to restore each of the matrices on rows of its own job's devices, beside what these hold."""
+    value = matrix()
+    backwards = jax.sharding.Mesh(np.array(jax.devices())[::-1], ("x",))
+    target = {"a": jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=NamedSharding(backwards, P("x")))}
+    found = []
     with standard() as checkpointer:
-        checkpointer.restore(path, target)
-        before = _read_so_far()
-        restored = checkpointer.restore(path, swapped)["a"]
-        read = _read_so_far() - before
-    assert all(np.array_equal(np.asarray(s.data), value[s.index]) for s in restored.addressable_shards)
-    return {"read": read, "held": sum(shard.data.nbytes for shard in restored.addressable_shards)}
+        for path in sorted(directory.glob("matrix_*")):
+            checkpointer.restore(path, target)  # the first one imports
+            before = _read_so_far()
+            restored = checkpointer.restore(path, target)["a"]
+            read = _read_so_far() - before
+            assert all(np.array_equal(np.asarray(s.data), value[s.index]) for s in restored.addressable_shards)
+            found.append(read / sum(shard.data.nbytes for shard in restored.addressable_shards))
+    return found
 
 
 def _read_so_far() -> int:

@@ -10,6 +10,7 @@ SCENARIOS = [
     "many_saves",
     "without_ocdbt",
     "composite",
+    "saves_matrix",
     "bytes_read",
     "some_of_them",
     "other_tree",
@@ -60,9 +61,9 @@ def test_every_item_of_a_composite_is_written_once(found):
 
 
 def test_a_process_reads_what_its_devices_hold(found):
-    for value in values(found, "bytes_read"):
-        assert value["held"] == 8 << 20
-        assert value["read"] <= 1.1 * value["held"]
+    for ratios in values(found, "bytes_read"):
+        assert len(ratios) == 1
+        assert max(ratios) <= 1.1
 
 
 def test_some_processes_save_without_the_others(found):
