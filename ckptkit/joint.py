@@ -13,7 +13,7 @@ from ckptkit.meeting import Meeting
 
 __all__ = ["Following", "begin"]
 
-_MARK_FILE: Final = "_ckptkit_token"
+_MARK_FILE: Final = "_ckptkit_mark"
 _LOOK_SECS: Final = 10.0
 """How long a process looks for the primary's directory: clients of NFS keep what they know of directories for seconds."""
 

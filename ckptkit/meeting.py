@@ -2,14 +2,14 @@
 
 No device takes part, so that a save in the background disturbs no training step. At each point of a save every process brings
 something (`gather`), and the primary tells what came of it (`tell`, `hear`). Keys lie below one prefix per save, which the
-primary deletes once all have come to a later one:
+primary deletes at a later one, once all have ended it:
 
     <root>/seen/<process>        the process was here; one that finds its own was started again
     <root>/now                   the number of the primary's newest save, and 'open' or 'over'
     <root>/<number>/<point>/<process>, .../word       what each brought, and the primary's answer
     <root>/<number>/failed/<process>                  what went wrong there
     <root>/<number>/alive/<process>                   changes while the process is at it
-    <root>/<number>/ended/<process>                   the process writes no more
+    <root>/<number>/ended/<process>                   the process writes no more, nor reads these keys
 
 Whoever waits looks for failures of others, and for processes that give no sign of life for `timeout_secs`; no clock is
 compared with another machine's.
@@ -148,7 +148,7 @@ class Meeting:
         failures = {p: record for p, record in self._listed("failed").items() if p != self.job.process_index}
         if failures:
             self._failed = True
-            raise _decoded(self._prefix, *min(failures.items()))
+            raise _decoded(*min(failures.items()))
 
     def await_ends(self, known: BaseException) -> None:
         """On the primary, after a failure, waits a while until no other process writes any more.
@@ -172,22 +172,22 @@ class Meeting:
             return
         self._over.set()
         with contextlib.suppress(errors.CheckpointError):
-            if self.job.is_primary:
-                root, _, number = self._prefix.rpartition("/")
+            self._store.set(f"{self._prefix}/ended/{self.job.process_index}", b"")
+            root, _, number = self._prefix.rpartition("/")
+            if self.job.is_primary and root in _lines and _lines[root].number == int(number):
                 self._store.set(f"{root}/now", f"{number} over".encode())
-            elif self._failed:
-                self._store.set(f"{self._prefix}/ended/{self.job.process_index}", b"")
 
     def tidy(self) -> None:
-        """Deletes the keys of earlier saves; for the primary, once everyone has come to this one."""
+        """Deletes the keys of earlier saves that everyone has ended; for the primary."""
         if self._store is None:
             return
         root, _, number = self._prefix.rpartition("/")
         with _lock:
             kept = _lines[root].kept
             for old in [each for each in kept if each < int(number)]:
-                self._store.delete(f"{root}/{old}")
-                kept.remove(old)
+                if len(list(self._store.list(f"{root}/{old}/ended/"))) == self.job.process_count:
+                    self._store.delete(f"{root}/{old}")
+                    kept.remove(old)
 
     @property
     def _slice_secs(self) -> float:
@@ -282,7 +282,7 @@ def _encoded(error: BaseException) -> bytes:
     return json.dumps(record).encode()
 
 
-def _decoded(prefix: str, process: int, data: bytes) -> errors.CheckpointError:
+def _decoded(process: int, data: bytes) -> errors.CheckpointError:
     """What another process says of its failure, as an error of the same class where that is one of ours."""
     record = json.loads(data)
     kind: Any = getattr(errors, record["kind"], None)

@@ -44,7 +44,10 @@ class CheckpointHandler(abc.ABC):
 
     @abc.abstractmethod
     def save(self, directory: epath.Path, *, args: Any) -> None:
-        """Writes into `directory`, which exists and is empty; complete when it returns."""
+        """Writes into `directory`, which exists and is empty; complete when it returns.
+
+        Of several processes that save together, the primary alone makes this call.
+        """
 
     @abc.abstractmethod
     def restore(self, directory: epath.Path, *, args: Any) -> Any:
@@ -75,7 +78,7 @@ class AsyncCheckpointHandler(CheckpointHandler):
 
     @abc.abstractmethod
     async def async_save(self, directory: epath.Path, *, args: Any) -> list[Future[Any]] | None:
-        """Starts to write into `directory`.
+        """Starts to write into `directory`. Every process makes this call, in one directory, where several save together.
 
         What must happen before the caller may change or donate its arrays happens before this returns.
 

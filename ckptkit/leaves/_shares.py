@@ -78,7 +78,7 @@ class Shares:
         return cells
 
     def _kind(self, array: ArraySpec, sharding: jax.sharding.Sharding) -> _Kind | Problem:
-        if sharding.is_fully_addressable:
+        if sharding.is_fully_addressable and self._job.others:
             return _HOST_LOCAL
         parts = []
         for part, processes in holders(sharding, array.shape).items():

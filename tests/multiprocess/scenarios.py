@@ -79,7 +79,8 @@ def targets() -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def tree() -> dict[str, Any]:
-    return {"arrays": arrays(), "host": np.arange(6.0), "step": 3, "note": "text", "empty": {}}
+    split = jax.jit(lambda: jax.random.split(jax.random.key(5), 8), out_shardings=NamedSharding(line(), P("x")))
+    return {"arrays": arrays(), "keys": split(), "host": np.arange(6.0), "step": 3, "note": "text", "empty": {}}
 
 
 def wrong(restored: dict[str, jax.Array]) -> list[str]:
@@ -112,6 +113,10 @@ def round_trip(directory: Path, plan: Any) -> Any:
         checkpointer.wait_until_finished()
         names = files(path)
         whole = checkpointer.restore(path)
+        assert all(
+            np.array_equal(jax.random.key_data(a.data), jax.random.key_data(b.data))
+            for a, b in zip(whole["keys"].addressable_shards, tree()["keys"].addressable_shards, strict=True)
+        )
         targeted = checkpointer.restore(path, ckpt_args.StandardRestore({**tree(), "arrays": targets()}))
     assert whole["host"].tolist() == list(range(6))
     assert (whole["step"], whole["note"], whole["empty"]) == (3, "text", {})
@@ -186,6 +191,15 @@ def saved(path: Path, item: Any, force: bool = False, **options: Any) -> None:
     with standard(**options) as checkpointer:
         checkpointer.save(path, item, force=force)
         checkpointer.wait_until_finished()
+
+
+def two_at_once(directory: Path, plan: Any) -> Any:
+    """Two checkpointers save in the background at the same time, called in the same order by every process."""
+    with standard() as first, standard() as second:
+        for step in range(6):
+            first.save(directory / "first" / str(step), {"a": arrays()["rows"], "b": np.ones(1 << 20)})
+            second.save(directory / "second" / str(step), {"a": arrays()["rows"]})
+    return [len(list((directory / name).iterdir())) for name in ("first", "second")]
 
 
 def other_tree(directory: Path, plan: Any) -> Any:

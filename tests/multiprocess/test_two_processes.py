@@ -12,6 +12,7 @@ SCENARIOS = [
     "composite",
     "saves_matrix",
     "bytes_read",
+    "two_at_once",
     "some_of_them",
     "other_tree",
     "other_shape",
@@ -45,11 +46,15 @@ def test_a_tree_comes_back_as_it_was_saved(found):
 def test_the_layout_is_that_of_orbax(found):
     names = values(found, "round_trip")[0]["files"]
     assert {"manifest.ocdbt", "ocdbt.process_0/manifest.ocdbt", "ocdbt.process_1/manifest.ocdbt"} <= set(names)
-    assert not [name for name in names if "token" in name or "index.process" in name]
+    assert not [name for name in names if "mark" in name or "index.process" in name]
 
 
 def test_saves_follow_each_other_in_the_background(found):
     assert values(found, "many_saves") == [[100, 1, 2, 3, 4]] * 2
+
+
+def test_two_checkpointers_save_at_the_same_time(found):
+    assert values(found, "two_at_once") == [[6, 6]] * 2
 
 
 def test_the_zarr_backend_needs_no_merge(found):
