@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from ckptkit import args as args_lib
-from ckptkit import commit, errors
+from ckptkit import errors
 from ckptkit.handlers._stored import args_for_files, item_folders
 from ckptkit.handlers.base import CheckpointHandler
-from ckptkit.location import FileLocation, Location
+from ckptkit.location import Location
 from ckptkit.metadata.step import STEP_FILE, StepMetadata, decode_step
 from ckptkit.metadata.tree import TREE_FILE
 from ckptkit.registry import Registry, Use
 
-__all__ = ["belonging_args", "check_not_composite", "make_handler", "one_args", "resolved", "step_metadata", "stored_handler"]
+__all__ = ["belonging_args", "check_not_composite", "make_handler", "one_args", "step_metadata", "stored_handler"]
 
 
 def one_args(args: tuple[Any, ...], kwargs: dict[str, Any]) -> args_lib.CheckpointArgs | None:
@@ -51,11 +51,6 @@ def make_handler(handler_class: type[CheckpointHandler], registry: Registry | No
     if handler.registry is None:
         handler.registry = registry
     return handler
-
-
-def resolved(location: Location) -> Location:
-    """Where the checkpoint is to be read; see `commit.resolve`."""
-    return commit.resolve(location) if isinstance(location, FileLocation) else location
 
 
 def step_metadata(location: Location) -> StepMetadata:

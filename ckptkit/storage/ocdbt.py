@@ -17,7 +17,7 @@ from ckptkit.processes import Job
 from ckptkit.storage._chunk_reader import ChunkReader
 from ckptkit.storage._ocdbt_values import MANIFEST, OcdbtValues
 from ckptkit.storage._ocdbt_writer import OcdbtWriter
-from ckptkit.storage._tensorstore import mapped_tensorstore_errors, writing_error
+from ckptkit.storage._tensorstore import context_for, mapped_tensorstore_errors, writing_error
 from ckptkit.storage._values import key_prefix
 from ckptkit.storage.base import ArraySpec, Reader, StorageBackend, Writer
 from ckptkit.storage.zarr_documents import refusal
@@ -46,7 +46,7 @@ class OcdbtBackend(StorageBackend):
         if options.target_data_file_size is not None:
             spec["target_data_file_size"] = options.target_data_file_size
         # Whoever commits the checkpoint syncs its files once; otherwise each transaction waits for the disk.
-        context = ts.Context({"file_io_sync": False})
+        context = context_for(location, {"file_io_sync": False})
         try:
             store = ts.KvStore.open(spec, context=context).result()
         except Exception as error:
@@ -54,7 +54,7 @@ class OcdbtBackend(StorageBackend):
         return OcdbtWriter(location, store, context, arrays, options)
 
     def reader(self, location: Location) -> Reader:
-        context = ts.Context()
+        context = context_for(location, {})
         with mapped_tensorstore_errors(location.url):
             base = ts.KvStore.open(location.kvstore(), context=context).result()
         return ChunkReader(location, OcdbtValues(location, base, context))
