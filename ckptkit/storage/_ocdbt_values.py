@@ -19,13 +19,12 @@ import tensorstore as ts
 
 from ckptkit import errors
 from ckptkit.location import Location, checked_parts, mapped_os_errors
+from ckptkit.storage._ocdbt_nodes import MANIFEST
 from ckptkit.storage._remote_values import check_ends, read_ranges
 from ckptkit.storage._tensorstore import mapped_tensorstore_errors
 from ckptkit.storage._values import Bytes, Extent, Value, Values, cut_off, read_files
 
-__all__ = ["MANIFEST", "OcdbtValues"]
-
-MANIFEST = "manifest.ocdbt"
+__all__ = ["OcdbtValues"]
 
 
 class OcdbtValues(Values):

@@ -10,7 +10,6 @@ import errno
 import os
 import re
 from collections.abc import Iterator
-from typing import Any
 
 import tensorstore as ts
 
@@ -30,9 +29,9 @@ _UNAVAILABLE = re.compile(
 )
 
 
-def context_for(location: Location, local: dict[str, Any]) -> ts.Context:
-    """The context to open a location's key-value store in: one of its own with the resources `local` for a directory here."""
-    return ts.Context(local) if location.local_path is not None else SHARED_CONTEXT
+def context_for(location: Location) -> ts.Context:
+    """The context to open a location's key-value store in; a directory of this machine has one of its own."""
+    return SHARED_CONTEXT if location.local_path is None else ts.Context()
 
 
 def store_error(error: BaseException, path: str, doing: str) -> errors.CheckpointError:

@@ -66,4 +66,4 @@ class ZarrBackend(StorageBackend):
 
 def _store(location: Location) -> ts.KvStore:
     with mapped_tensorstore_errors(location.url):
-        return ts.KvStore.open(location.kvstore(), context=context_for(location, {})).result()
+        return ts.KvStore.open(location.kvstore(), context=context_for(location)).result()
