@@ -9,11 +9,10 @@ from types import TracebackType
 from typing import Any, Self
 
 import attrs
-from etils import epath
 
 from ckptkit import choosing, commit, discovery, errors, reports
 from ckptkit.handlers.base import AsyncCheckpointHandler, CheckpointHandler, run_coroutine
-from ckptkit.location import FileLocation, Location
+from ckptkit.location import Location
 from ckptkit.metadata.json import checked_custom
 from ckptkit.metadata.step import StepMetadata
 from ckptkit.options import FileOptions, MultiprocessingOptions
@@ -113,26 +112,18 @@ class Checkpointer:
         self._check_open()
         start = time.monotonic()
         registry = discovery.ready(self._registry)
-        while True:
-            location = choosing.resolved(registry, registry.location(directory))
-            identity = commit.identity(location)
-            tracker = reports.Tracker("restore", location.url, self._notifier.progress)
-            handler = self._handler
-            try:
-                handler, restore_args = self._restore_handler(registry, location, args, kwargs)
-                with reports.tracking(tracker):
-                    restored = handler.restore(epath.Path(location.url), args=restore_args)
-            except errors.CheckpointError:
-                if commit.identity(location) == identity:
-                    raise
-            else:
-                if commit.identity(location) == identity:
-                    break
-            finally:
-                tracker.finish()
-                if handler is not None and handler is not self._handler:
-                    handler.close()
-            # Another checkpoint took this one's place meanwhile, and files were opened by path: start over with the new one.
+        for attempt in commit.attempts(lambda: choosing.resolved(registry, registry.location(directory))):
+            with attempt as location:
+                tracker = reports.Tracker("restore", location.url, self._notifier.progress)
+                handler = self._handler
+                try:
+                    handler, restore_args = self._restore_handler(registry, location, args, kwargs)
+                    with reports.tracking(tracker):
+                        restored = handler.restore(location.path, args=restore_args)
+                finally:
+                    tracker.finish()
+                    if handler is not None and handler is not self._handler:
+                        handler.close()
         self._notifier.restored(
             reports.RestoreReport(
                 path=location.url,
@@ -152,14 +143,16 @@ class Checkpointer:
         """
         self._check_open()
         registry = discovery.ready(self._registry)
-        location = choosing.resolved(registry, registry.location(directory))
-        step = choosing.step_metadata(location)
-        handler = self._handler or choosing.stored_handler(registry, location, self._registry)
-        try:
-            return attrs.evolve(step, item_metadata=handler.metadata(epath.Path(location.url)))
-        finally:
-            if handler is not self._handler:
-                handler.close()
+        for attempt in commit.attempts(lambda: choosing.resolved(registry, registry.location(directory))):
+            with attempt as location:
+                step = choosing.step_metadata(location)
+                handler = self._handler or choosing.stored_handler(registry, location, self._registry)
+                try:
+                    step = attrs.evolve(step, item_metadata=handler.metadata(location.path))
+                finally:
+                    if handler is not self._handler:
+                        handler.close()
+        return step
 
     def close(self) -> None:
         """Releases the handler; further calls raise `errors.ClosedError`."""
@@ -197,16 +190,12 @@ class Checkpointer:
             item_handlers=handler.item_typestrs(save_args), init_timestamp_nsecs=time.time_ns(), custom_metadata=custom
         )
         location = registry.location(directory)
-        if not isinstance(location, FileLocation):
-            raise errors.ArgsError(
-                f"{location.url}: this version commits checkpoints in local directories; save to one of those."
-            )
         pending = commit.begin(location, force=force, mode=self._file_options.path_permission_mode)
         tracker = reports.Tracker("save", location.url, self._notifier.progress)
         saving = Saving(pending, handler, step, tracker, self._notifier, start, owned=handler is not self._handler)
         try:
             with reports.tracking(tracker):
-                temporary = epath.Path(pending.temporary.url)
+                temporary = pending.temporary.path
                 if isinstance(handler, AsyncCheckpointHandler):
                     saving.writing = checked_futures(handler, run_coroutine(handler.async_save(temporary, args=save_args)))
                 else:

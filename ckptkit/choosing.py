@@ -9,12 +9,12 @@ from ckptkit import args as args_lib
 from ckptkit import commit, errors
 from ckptkit.handlers._stored import args_for_files, item_folders, recognised
 from ckptkit.handlers.base import CheckpointHandler
-from ckptkit.location import FileLocation, Location
+from ckptkit.location import Location
 from ckptkit.metadata.step import STEP_FILE, StepMetadata, decode_step
 from ckptkit.metadata.tree import TREE_FILE
 from ckptkit.registry import Registry, Use
 
-__all__ = ["belonging_args", "check_not_composite", "make_handler", "one_args", "resolved", "step_metadata", "stored_handler"]
+__all__ = ["belonging_args", "check_not_composite", "make_handler", "one_args", "step_metadata", "stored_handler"]
 
 
 def one_args(args: tuple[Any, ...], kwargs: dict[str, Any]) -> args_lib.CheckpointArgs | None:
@@ -56,7 +56,7 @@ def make_handler(handler_class: type[CheckpointHandler], registry: Registry | No
 
 def resolved(registry: Registry, location: Location) -> Location:
     """Where the checkpoint is to be read: see `commit.resolve`; or a single file that a storage backend recognises."""
-    if not isinstance(location, FileLocation) or (os.path.isfile(location.local_path) and recognised(registry, location)):
+    if location.local_path is not None and os.path.isfile(location.local_path) and recognised(registry, location):
         return location
     return commit.resolve(location)
 

@@ -5,6 +5,9 @@ so that a killed writer's lock is gone with it. Committing syncs every file and 
 With `force`, old and new are exchanged in one step where the system can (Linux: renameat2, macOS: renamex_np), else the
 old one is set aside under `<name>.ckptkit-old.orbax-checkpoint-tmp` between two renames, where `resolve` still finds it.
 Only then is the old one deleted.
+
+That is how it is in directories of this machine; in other places a file written last decides, see `_marker`. Both make
+directories that Orbax opens, except that the second save to the same place in an object store lies in a folder of it.
 """
 
 from __future__ import annotations
@@ -15,35 +18,45 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
 from typing import Any, Final
 
-from ckptkit import errors
+from ckptkit import _marker, errors
 from ckptkit._threads import Workers
-from ckptkit.location import FileLocation, Location, mapped_os_errors
+from ckptkit.location import FileLocation, Location, MarkerLocation, mapped_os_errors
 
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["TEMPORARY_SUFFIX", "Pending", "begin", "identity", "resolve"]
+__all__ = ["TEMPORARY_SUFFIX", "AnyPending", "Attempt", "Pending", "attempts", "begin", "identity", "resolve"]
 
 TEMPORARY_SUFFIX = ".orbax-checkpoint-tmp"
 _ASIDE_SUFFIX = f".ckptkit-old{TEMPORARY_SUFFIX}"
 _SYNC_THREADS: Final = 8
 
 
-def resolve(location: FileLocation) -> FileLocation:
-    """Where the checkpoint at `location` is to be read: there, or where an interrupted overwrite set it aside.
+def resolve(location: Location) -> Location:
+    """Where the checkpoint at `location` is to be read: there, or where an overwrite has put it.
 
     Raises:
       errors.NotFoundError: there is none.
       errors.IncompleteError: a save that never finished is there.
     """
-    path = location.local_path
+    if isinstance(location, MarkerLocation):
+        return _marker.resolve(location)
+    if location.local_path is None:
+        return location
+    found = _resolve(location.local_path)
+    committed = _marker.identity(found)  # one that was copied here from a place without renames may lie in a folder of its own
+    return found if committed is None else _marker.data_location(found, committed)
+
+
+def _resolve(path: str) -> FileLocation:
     if os.path.basename(path).endswith(TEMPORARY_SUFFIX):
         raise errors.IncompleteError(f"Found incomplete checkpoint at {path}: this is the temporary directory of a save.")
     if os.path.isdir(path):
-        return location
+        return FileLocation(path)
     if os.path.isdir(path + _ASIDE_SUFFIX):
         return FileLocation(path + _ASIDE_SUFFIX)
     if os.path.exists(path):
@@ -51,8 +64,44 @@ def resolve(location: FileLocation) -> FileLocation:
     raise errors.NotFoundError(errno.ENOENT, f"no checkpoint here; {_neighbours(path)}", path)
 
 
-def identity(location: Location) -> tuple[int, int] | None:
-    """What tells one checkpoint from another that took its place; None where there is none, or nothing to tell."""
+def attempts(find: Callable[[], Location]) -> Iterator[Attempt]:
+    """Attempts at reading a checkpoint where `find` says that it is, until one is not disturbed; each is a context manager.
+
+    Files are opened by path: where another checkpoint took this one's place meanwhile, an error is passed over, and there is
+    a further attempt, at the new one.
+
+    Raises:
+      what `find` raises.
+    """
+    disturbed = True
+    while disturbed:
+        attempt = Attempt(find())
+        yield attempt
+        disturbed = attempt.disturbed
+
+
+class Attempt:
+    """Reads where a checkpoint is to be read, which the `with` statement gives; `disturbed` tells whether that held."""
+
+    def __init__(self, location: Location) -> None:
+        self._location = location
+        self._identity = identity(location)
+        self.disturbed = False
+
+    def __enter__(self) -> Location:
+        return self._location
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+        if error is not None and not isinstance(error, errors.CheckpointError):
+            return False
+        self.disturbed = identity(self._location) != self._identity
+        return self.disturbed
+
+
+def identity(location: Location) -> object:
+    """What tells one checkpoint from another that took its place; None where there is nothing to tell."""
+    if isinstance(location, MarkerLocation):
+        return _marker.identity(location) or object()  # gone: equal to nothing
     try:
         status = os.stat(location.local_path or "")
     except OSError:
@@ -71,8 +120,8 @@ def _neighbours(path: str) -> str:
     return f"{parent} holds {', '.join(names[:20]) or 'nothing'}{' ...' if len(names) > 20 else ''}"
 
 
-def begin(location: FileLocation, *, force: bool, mode: int | None) -> Pending:
-    """A locked, empty temporary directory for a save to `location`; what a killed save left there is removed.
+def begin(location: Location, *, force: bool, mode: int | None) -> AnyPending:
+    """An empty place for a save to `location` to write to. In a directory of this machine it is locked.
 
     Args:
       location: where the checkpoint will be.
@@ -82,9 +131,19 @@ def begin(location: FileLocation, *, force: bool, mode: int | None) -> Pending:
     Raises:
       errors.ExistsError: the destination exists, and `force` is False.
       errors.BusyError: another writer is saving to it.
-      errors.StorageError: the directory cannot be made.
+      errors.StorageError: the directory cannot be made, or the store refuses.
+      errors.ArgsError: the name is reserved, or the place is of a kind that can only be read.
     """
+    if isinstance(location, MarkerLocation):
+        return _marker.begin(location, force=force)
     path = location.local_path
+    if path is None:
+        raise errors.ArgsError(f"{location.url}: a checkpoint is saved to a local directory or to a MarkerLocation, not here.")
+    return _begin(path, force=force, mode=mode)
+
+
+def _begin(path: str, *, force: bool, mode: int | None) -> Pending:
+    """A locked, empty temporary directory; what a killed save left there is removed."""
     if path.endswith(TEMPORARY_SUFFIX):
         raise errors.ArgsError(f"{path}: names that end in {TEMPORARY_SUFFIX} are for unfinished saves; choose another.")
     with mapped_os_errors(path, "prepare the save"):
@@ -159,6 +218,9 @@ class Pending:
         shutil.rmtree(self.temporary.local_path, ignore_errors=True)
         with contextlib.suppress(OSError):
             os.close(self._lock)
+
+
+AnyPending = Pending | _marker.Pending
 
 
 def _put_back(old: str, path: str, *, exchanged: bool) -> None:

@@ -7,7 +7,6 @@ from concurrent import futures
 from typing import Any
 
 import attrs
-from etils import epath
 
 from ckptkit import commit, discovery, errors, reports
 from ckptkit.handlers.base import CheckpointHandler
@@ -35,7 +34,7 @@ class Saving:
 
     def __init__(
         self,
-        pending: commit.Pending,
+        pending: commit.AnyPending,
         handler: CheckpointHandler,
         step: StepMetadata,
         tracker: reports.Tracker,
@@ -61,7 +60,7 @@ class Saving:
             for future in self.writing:
                 future.result()
             temporary = self._pending.temporary
-            self._handler.finalize(epath.Path(temporary.url))
+            self._handler.finalize(temporary.path)
             step = attrs.evolve(self._step, commit_timestamp_nsecs=time.time_ns())
             temporary.write_bytes(STEP_FILE, encode_step(step))
             self._pending.commit()

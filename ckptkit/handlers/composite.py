@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CompositeCheckpointHandler"]
 
-_TAKEN = ("commit_success.txt", "orbax.checkpoint")
+_TAKEN = ("ckptkit_writer.txt", "commit_success.txt", "orbax.checkpoint")
 
 
 class CompositeCheckpointHandler(AsyncCheckpointHandler):

@@ -3,13 +3,14 @@
 Format: https://google.github.io/tensorstore/kvstore/ocdbt. TensorStore decodes the nodes (0.035 s for 20,000 keys);
 through its key-value interface the same keys take ten times as long. A database may come from a stranger: its file names
 must stay inside the directory, and its offsets and lengths inside the files.
+Places that are no local directory are read by byte ranges (`_remote_values`).
 """
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 from urllib.parse import unquote
 
@@ -17,8 +18,9 @@ import numpy as np
 import tensorstore as ts
 
 from ckptkit import errors
-from ckptkit.location import Location, mapped_os_errors
+from ckptkit.location import Location, checked_parts, mapped_os_errors
 from ckptkit.storage._ocdbt_nodes import MANIFEST
+from ckptkit.storage._remote_values import check_ends, read_ranges
 from ckptkit.storage._tensorstore import mapped_tensorstore_errors
 from ckptkit.storage._values import Bytes, Extent, Value, Values, cut_off, read_files
 
@@ -44,12 +46,12 @@ class OcdbtValues(Values):
     def read_into(self, wanted: Iterable[tuple[Value, Bytes]]) -> None:
         extents = []
         for value, buffer in wanted:
-            if isinstance(value, Extent):
-                extents.append((value, buffer))
-            else:
+            if isinstance(value, bytes):
                 buffer[:] = np.frombuffer(value, np.uint8, buffer.size)
+            elif isinstance(value, Extent):
+                extents.append((value, buffer))
         if self._directory is None:
-            self._read_remote(extents)
+            read_ranges(self._base, self._location.url, extents)
         else:
             read_files(self._directory, extents)
 
@@ -101,10 +103,13 @@ class OcdbtValues(Values):
                 ends[value.path] = max(ends.get(value.path, 0), value.offset + value.nbytes)
         for path, end in ends.items():
             self._check_end(path, end)
+        if self._directory is None:
+            check_ends(self._base, self._location.url, ends)
 
     def _check_end(self, path: str, end: int) -> None:
-        """A local file is a regular one, since reading a named pipe never ends, lies in the directory and is long enough."""
+        """The file lies in the directory. A local one is regular, since reading a named pipe never ends, and long enough."""
         if self._directory is None:
+            checked_parts(path, self._location.url)
             return
         full = os.path.join(self._directory, path)
         if not os.path.realpath(full).startswith(os.path.realpath(self._directory) + os.sep):
@@ -116,14 +121,8 @@ class OcdbtValues(Values):
         if status.st_size < end:
             raise cut_off(full, status.st_size, end)
 
-    def _read_remote(self, wanted: Sequence[tuple[Extent, Bytes]]) -> None:
-        with mapped_tensorstore_errors(self._location.url):
-            reads = [ts.ocdbt.dump(self._base, extent.reference, context=self._context) for extent, _ in wanted]
-            for (_, buffer), read in zip(wanted, reads, strict=True):
-                buffer[:] = np.frombuffer(read.result(), np.uint8, buffer.size)
-
 
 def _extent(reference: str) -> Extent:
     """Parses `kind:base:path:offset:nbytes`, both names percent-encoded, which TensorStore has written."""
     _, base, path, offset, nbytes = reference.split(":")
-    return Extent(unquote(base + path) if "%" in reference else base + path, int(offset), int(nbytes), reference)
+    return Extent(unquote(base + path) if "%" in reference else base + path, int(offset), int(nbytes))

@@ -17,7 +17,7 @@ from ckptkit.storage._chunk_reader import ChunkReader
 from ckptkit.storage._ocdbt_nodes import MANIFEST
 from ckptkit.storage._ocdbt_values import OcdbtValues
 from ckptkit.storage._ocdbt_writer import OcdbtWriter
-from ckptkit.storage._tensorstore import mapped_tensorstore_errors
+from ckptkit.storage._tensorstore import context_for, mapped_tensorstore_errors
 from ckptkit.storage._values import key_prefix
 from ckptkit.storage.base import ArraySpec, Reader, StorageBackend, Writer
 from ckptkit.storage.zarr_documents import refusal
@@ -38,7 +38,7 @@ class OcdbtBackend(StorageBackend):
         return OcdbtWriter(location, arrays, options)
 
     def reader(self, location: Location) -> Reader:
-        context = ts.Context()
+        context = context_for(location)
         with mapped_tensorstore_errors(location.url):
             base = ts.KvStore.open(location.kvstore(), context=context).result()
         return ChunkReader(location, OcdbtValues(location, base, context))
