@@ -11,7 +11,7 @@ from typing import Any, Self
 import attrs
 from etils import epath
 
-from ckptkit import choosing, commit, discovery, errors, reports
+from ckptkit import _lifetime, choosing, commit, discovery, errors, reports
 from ckptkit.handlers.base import AsyncCheckpointHandler, CheckpointHandler, run_coroutine
 from ckptkit.location import FileLocation, Location
 from ckptkit.metadata.json import checked_custom
@@ -175,6 +175,7 @@ class Checkpointer:
         self.close()
 
     def _check_open(self) -> None:
+        _lifetime.enter()
         if self._closed:
             raise errors.ClosedError(f"this {type(self).__name__} is closed; make another one.")
 
@@ -202,9 +203,11 @@ class Checkpointer:
                 f"{location.url}: this version commits checkpoints in local directories; save to one of those."
             )
         pending = commit.begin(location, force=force, mode=self._file_options.path_permission_mode)
-        tracker = reports.Tracker("save", location.url, self._notifier.progress)
-        saving = Saving(pending, handler, step, tracker, self._notifier, start, owned=handler is not self._handler)
+        ending: commit.Pending | Saving = pending  # whoever ends the save if this call does not
         try:
+            tracker = reports.Tracker("save", location.url, self._notifier.progress)
+            saving = Saving(pending, handler, step, tracker, self._notifier, start, owned=handler is not self._handler)
+            ending = saving
             with reports.tracking(tracker):
                 temporary = epath.Path(pending.temporary.url)
                 if isinstance(handler, AsyncCheckpointHandler):
@@ -212,7 +215,7 @@ class Checkpointer:
                 else:
                     handler.save(temporary, args=save_args)
         except BaseException:
-            saving.abandon()
+            ending.abandon()
             raise
         saving.blocking_secs = time.monotonic() - start
         return saving
