@@ -55,13 +55,17 @@ def resolve(location: FileLocation) -> FileLocation:
     raise errors.NotFoundError(errno.ENOENT, f"no checkpoint here; {_neighbours(path)}", path)
 
 
-def identity(location: Location) -> tuple[int, int] | None:
-    """What tells one checkpoint from another that took its place; None where there is none, or nothing to tell."""
+def identity(location: Location) -> tuple[int, ...] | None:
+    """What tells one checkpoint from another that took its place; None where there is none, or nothing to tell.
+
+    An inode's number alone does not: ext4 gives that of a deleted directory to the next one, so that after two overwrites it is
+    the same again.
+    """
     try:
         status = os.stat(location.local_path or "")
     except OSError:
         return None
-    return status.st_dev, status.st_ino
+    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _neighbours(path: str) -> str:
