@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import errno
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -81,6 +83,8 @@ def mapped_os_errors(path: str, doing: str) -> Iterator[None]:
         raise errors.NotFoundError(error.errno, f"cannot {doing}: no such file or directory", path) from error
     except OSError as error:
         raise errors.StorageError(error.errno, f"cannot {doing}: {error.strerror or error}", path) from error
+    except MemoryError as error:
+        raise errors.StorageError(errno.ENOMEM, f"cannot {doing}: there is no memory for it", path) from error
 
 
 class FileLocation(Location):
@@ -104,11 +108,13 @@ class FileLocation(Location):
 
     def read_bytes(self, name: str, limit: int = 1 << 30) -> bytes:
         path = self._inside(name)
-        with mapped_os_errors(path, "read"), open(path, "rb") as file:
-            data = file.read(limit + 1)
-        if len(data) > limit:
-            raise errors.FormatError(f"{path}: larger than {limit} bytes, more than a file of this kind ever is.")
-        return data
+        with mapped_os_errors(path, "read"), open(path, "rb", buffering=0, opener=_open_without_waiting) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise errors.FormatError(f"{path}: expected a regular file, found another kind; restore another checkpoint.")
+            if status.st_size > limit:
+                raise errors.FormatError(f"{path}: larger than {limit} bytes, more than a file of this kind ever is.")
+            return file.read()
 
     def write_bytes(self, name: str, data: bytes) -> None:
         path = self._inside(name)
@@ -130,8 +136,16 @@ class FileLocation(Location):
             raise errors.StorageError(error.errno, f"cannot list: {error.strerror}", self._path) from error
 
     def _inside(self, name: str) -> str:
-        """The path of `name`, which must lie below this directory: names may come from a stranger's checkpoint."""
+        """The path of `name`, which must lie below this directory, links resolved: a stranger may have made both."""
         parts = name.replace(os.sep, "/").split("/")
         if "\0" in name or os.path.isabs(name) or os.path.splitdrive(name)[0] or any(p in ("", ".", "..") for p in parts):
             raise errors.FormatError(f"{self._path}: the name {name!r} does not stay inside the directory.")
-        return os.path.join(self._path, *parts)
+        path = os.path.join(self._path, *parts)
+        if not os.path.realpath(path).startswith(os.path.join(os.path.realpath(self._path), "")):
+            raise errors.FormatError(f"{path}: the link leads out of {self._path}; copy what it leads to in its place.")
+        return path
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """A descriptor at once, where the file is a named pipe that nobody writes to."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
