@@ -137,6 +137,10 @@ class FileLocation(Location):
 
     def _inside(self, name: str) -> str:
         """The path of `name`, which must lie below this directory, links resolved: a stranger may have made both."""
+        try:
+            os.fsencode(name)
+        except UnicodeEncodeError as error:
+            raise errors.FormatError(f"{self._path}: the name {name!r} holds what no name of a file does.") from error
         parts = name.replace(os.sep, "/").split("/")
         if "\0" in name or os.path.isabs(name) or os.path.splitdrive(name)[0] or any(p in ("", ".", "..") for p in parts):
             raise errors.FormatError(f"{self._path}: the name {name!r} does not stay inside the directory.")

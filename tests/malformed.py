@@ -83,7 +83,7 @@ def _changed(draw: random.Random, value: Any) -> Any:
             return draw.choice((value[:i], value + value, value[::-1], value * 40))
         return [*value[:i], _changed(draw, value[i]), *value[i + 1 :]]
     if isinstance(value, str) and value[:1] in ("{", "[") and draw.random() < 0.9:
-        return _revalued(draw, value.encode(), []).decode()
+        return _revalued(draw, value.encode(errors="replace"), []).decode(errors="replace")
     if type(value) is int and draw.random() < 0.3:
         return value + draw.choice((-1, 1))
     return draw.choice((draw.choice(_NUMBERS), draw.choice(_WORDS), None, True, [], {}, [value], {"a": value}, float("nan")))
