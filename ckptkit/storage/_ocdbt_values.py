@@ -141,7 +141,7 @@ class OcdbtValues(Values):
         if self._directory is None:
             return
         full = os.path.join(self._directory, path)
-        if not os.path.realpath(full).startswith(os.path.realpath(self._directory) + os.sep):
+        if "\0" in path or not os.path.realpath(full).startswith(os.path.realpath(self._directory) + os.sep):
             raise errors.FormatError(f"{self._directory}: the database refers to {path!r}, which lies outside the directory.")
         with mapped_os_errors(full, "read"):
             status = os.stat(full)
