@@ -144,9 +144,11 @@ class FileLocation(Location):
         parts = name.replace(os.sep, "/").split("/")
         if "\0" in name or os.path.isabs(name) or os.path.splitdrive(name)[0] or any(p in ("", ".", "..") for p in parts):
             raise errors.FormatError(f"{self._path}: the name {name!r} does not stay inside the directory.")
-        path = os.path.join(self._path, *parts)
-        if not os.path.realpath(path).startswith(os.path.join(os.path.realpath(self._path), "")):
-            raise errors.FormatError(f"{path}: the link leads out of {self._path}; copy what it leads to in its place.")
+        path = self._path
+        for part in parts:
+            path = os.path.join(path, part)
+            if os.path.islink(path) and not os.path.realpath(path).startswith(os.path.join(os.path.realpath(self._path), "")):
+                raise errors.FormatError(f"{path}: the link leads out of {self._path}; copy what it leads to in its place.")
         return path
 
 

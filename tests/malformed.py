@@ -16,7 +16,24 @@ _WORDS = [
     *("<f4", "|O", ">c16", "<M8[s]", "bfloat16", "int4", "zstd", "blosc", "gzip", "C", "F", "/", "threefry2x32", "rbg", "cpu:0"),
     *("NamedSharding", "SingleDeviceSharding", "custom", "namedtuple", "ValueMetadataEntry", "sharding_indexed", "transpose"),
 ]
-_BYTES = [b"", b"\0", b"\xff", b"[", b"{", b'"', b",", b":", b"9", b"e", b"\\u0000", b"\\ud800", b"NaN", b"\x93", b"\xc7", b"\xdd\xff\xff\xff\xff"]
+_BYTES = [
+    b"",
+    b"\0",
+    b"\xff",
+    b"[",
+    b"{",
+    b'"',
+    b",",
+    b":",
+    b"9",
+    b"e",
+    b"\\u0000",
+    b"\\ud800",
+    b"NaN",
+    b"\x93",
+    b"\xc7",
+    b"\xdd\xff\xff\xff\xff",
+]
 
 
 def damages(checkpoint: str, names: set[str], count: int, seed: int) -> Iterator[Damage]:
@@ -70,23 +87,31 @@ def _revalued(draw: random.Random, data: bytes, others: list[bytes]) -> bytes:
 
 
 def _changed(draw: random.Random, value: Any) -> Any:
-    if isinstance(value, dict) and value and draw.random() < 0.9:
-        key = draw.choice(list(value))
-        if (how := draw.random()) < 0.1:
-            return {k: v for k, v in value.items() if k != key}
-        if how < 0.2:
-            return {draw.choice(_WORDS) if k == key else k: v for k, v in value.items()}
-        return value | {key: _changed(draw, value[key])}
-    if isinstance(value, list) and value and draw.random() < 0.9:
-        i = draw.randrange(len(value))
-        if draw.random() < 0.1:
-            return draw.choice((value[:i], value + value, value[::-1], value * 40))
-        return [*value[:i], _changed(draw, value[i]), *value[i + 1 :]]
+    """The value with one part of it changed, or another value."""
+    if isinstance(value, dict | list) and value and draw.random() < 0.9:
+        return _changed_object(draw, value) if isinstance(value, dict) else _changed_list(draw, value)
     if isinstance(value, str) and value[:1] in ("{", "[") and draw.random() < 0.9:
         return _revalued(draw, value.encode(errors="replace"), []).decode(errors="replace")
     if type(value) is int and draw.random() < 0.3:
         return value + draw.choice((-1, 1))
     return draw.choice((draw.choice(_NUMBERS), draw.choice(_WORDS), None, True, [], {}, [value], {"a": value}, float("nan")))
+
+
+def _changed_object(draw: random.Random, value: dict[str, Any]) -> dict[str, Any]:
+    key = draw.choice(list(value))
+    how = draw.random()
+    if how < 0.1:
+        return {k: v for k, v in value.items() if k != key}
+    if how < 0.2:
+        return {draw.choice(_WORDS) if k == key else k: v for k, v in value.items()}
+    return value | {key: _changed(draw, value[key])}
+
+
+def _changed_list(draw: random.Random, value: list[Any]) -> list[Any]:
+    i = draw.randrange(len(value))
+    if draw.random() < 0.1:
+        return draw.choice((value[:i], value + value, value[::-1], value * 40))
+    return [*value[:i], _changed(draw, value[i]), *value[i + 1 :]]
 
 
 _CHANGES: tuple[Callable[[random.Random, bytes, list[bytes]], bytes], ...] = (

@@ -33,6 +33,7 @@ NEEDS_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="limits of addr
 _MEMORY = 1 << 30
 _PATIENCE_SECS = 30
 _BATCH = 1000
+_SCRATCH = next(filter(os.path.isdir, ["/dev/shm"]), None)  # noqa: S108 - in memory where there is such a place
 _SERVER = multiprocessing.get_context("forkserver") if sys.platform == "linux" else multiprocessing.get_context()
 
 
@@ -114,8 +115,9 @@ class _DamagedOpener:
             self._expected = [part(self._copy) for part in _PARTS]
         sound = read(self._copy, damage.file)
         try:
-            os.unlink(os.path.join(self._copy, damage.file))
-            if damage.data is not None:
+            if damage.data is None:
+                os.unlink(os.path.join(self._copy, damage.file))
+            else:
                 write(self._copy, damage.file, damage.data)
             return _opened(self._copy, self._expected, brief=self._brief)
         finally:
@@ -166,7 +168,7 @@ def _outcomes(opener: Any, inputs: Sequence[Any]) -> list[Outcome]:
 def _of_one_child(opener: Any, inputs: Sequence[Any]) -> Iterator[Outcome]:
     """The outcomes up to the first that ends the child."""
     receiver, sender = _SERVER.Pipe(duplex=False)
-    with tempfile.TemporaryDirectory() as scratch, receiver:
+    with tempfile.TemporaryDirectory(dir=_SCRATCH) as scratch, receiver:
         child = _SERVER.Process(target=_serve, args=(sender, scratch, opener, inputs), daemon=True)
         child.start()
         sender.close()

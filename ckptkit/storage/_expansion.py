@@ -1,8 +1,8 @@
 """How large stored bytes become when they are decompressed, from their headers: what a few bytes may stand for is known first.
 
 TensorStore stops where a chunk of zstd, gzip or bzip2 holds more than its cell, but allocates what the header of a blosc chunk
-asks for, and reads a node of a database whole, however large it gets. Formats: RFC 8878 (zstd),
-https://google.github.io/tensorstore/kvstore/ocdbt (nodes and the manifest), https://github.com/Blosc/c-blosc (README_CHUNK_FORMAT).
+asks for, and reads a node of a database whole, however large it gets. Formats: RFC 8878 (zstd), README_CHUNK_FORMAT of
+https://github.com/Blosc/c-blosc, https://google.github.io/tensorstore/kvstore/ocdbt (nodes and the manifest).
 """
 
 from __future__ import annotations

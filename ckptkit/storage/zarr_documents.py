@@ -116,6 +116,11 @@ class Document:
         """Bytes of all chunks, decoded."""
         return _padded_nbytes(self.shape, self.chunk_shape, self.dtype)
 
+    @functools.cached_property
+    def chunk_count(self) -> int:
+        """How many chunks the array has, stored or not."""
+        return math.prod(-(-n // c) for n, c in zip(self.shape, self.chunk_shape, strict=True))
+
     def chunk_key(self, index: Index) -> str:
         """The key, below the array's, of the chunk whose cell begins where `index` begins."""
         numbers = [str(start // size) for (start, _), size in zip(index, self.chunk_shape, strict=True)]
@@ -366,7 +371,9 @@ def _codec_chain(value: object, cell: tuple[int, ...], *outer: str) -> list[dict
         chain.append(codec)
     names = [codec["name"] for codec in chain]
     if "blosc" in names and (not outer or names[names.index("blosc") + 1 :] not in ([], ["crc32c"])):
-        _fail("codecs", names, "blosc last but for crc32c, and in no shard, since its chunks say themselves how large they become")
+        _fail(
+            "codecs", names, "blosc last but for crc32c, and in no shard, since its chunks say themselves how large they become"
+        )
     return chain
 
 

@@ -126,3 +126,22 @@ def test_an_array_with_holes_for_which_there_is_no_memory_is_refused(files):
     outcome = open_hostile(files)
     assert outcome.kind == "refused", outcome
     assert "no memory" in outcome.detail
+
+
+@pytest.mark.parametrize("fill_value", [None, 0])
+def test_an_array_of_more_chunks_than_are_stored_is_refused(files, fill_value):
+    rewritten(files, shape=[1 << 28], chunks=[1], fill_value=fill_value)
+    outcome = open_hostile(files)
+    assert outcome.kind == "refused", outcome
+    assert "has 268435456 chunks" in outcome.detail
+    assert outcome.peak_nbytes < LITTLE
+
+
+def test_an_array_of_fill_values_for_which_there_is_no_memory_is_refused(files):
+    os.unlink(os.path.join(files, "ckptkit_index.json"))
+    rewritten(files, shape=[1 << 36], chunks=[1 << 20], fill_value=0)
+    edited = json.loads(read(files, "_METADATA")) | {"store_array_data_equal_to_fill_value": False}
+    write(files, "_METADATA", json.dumps(edited).encode())
+    outcome = open_hostile(files)
+    assert outcome.kind == "refused", outcome
+    assert outcome.peak_nbytes < LITTLE

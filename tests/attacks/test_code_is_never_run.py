@@ -16,7 +16,17 @@ from ckptkit import errors
 from ckptkit.handlers import PyTreeCheckpointHandler
 from ckptkit.options import PyTreeMetadataOptions
 
-DANGEROUS = ["os.system", "builtins.eval", "subprocess.Popen", "this", "antigravity.webbrowser", "ckptkit.save", "../x", "", "a" * 9999]
+DANGEROUS = [
+    "os.system",
+    "builtins.eval",
+    "subprocess.Popen",
+    "this",
+    "antigravity.webbrowser",
+    "ckptkit.save",
+    "../x",
+    "",
+    "a" * 9999,
+]
 
 
 class Bomb:
@@ -84,7 +94,12 @@ def test_nothing_that_a_checkpoint_names_is_imported(database, tmp_path):
 @pytest.mark.parametrize("name", ["__import__('os').system('x')", "a b", "class", "_x", "x\ny", "1", "\0"])
 def test_a_named_tuple_of_hostile_names_is_refused(database, name):
     leaf = {"category": "custom", "clazz": "ValueMetadataEntry", "data": {}}
-    inner = {"category": "namedtuple", "module": "m", "clazz": name, "entries": [{"key": name, "value": leaf}, {"key": "s", "value": leaf}]}
+    inner = {
+        "category": "namedtuple",
+        "module": "m",
+        "clazz": name,
+        "entries": [{"key": name, "value": leaf}, {"key": "s", "value": leaf}],
+    }
     edited(database, "_METADATA", lambda d: d.update(value_metadata_tree=json.dumps({"a": leaf, "b": inner})))
     handler = PyTreeCheckpointHandler(pytree_metadata_options=PyTreeMetadataOptions(support_rich_types=True))
     with pytest.raises(errors.FormatError):

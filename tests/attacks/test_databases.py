@@ -57,7 +57,9 @@ def sealed(data):
 @pytest.fixture
 def plain(database):
     """The checkpoint with a database of several nodes that are not compressed, so that every byte of them means something."""
-    rest = {"config": {"compression": None, "max_inline_value_bytes": 100, "max_decoded_node_bytes": 400, "manifest_kind": "single"}}
+    rest = {
+        "config": {"compression": None, "max_inline_value_bytes": 100, "max_decoded_node_bytes": 400, "manifest_kind": "single"}
+    }
     store = ts.KvStore.open({"driver": "ocdbt", "base": f"file://{database}/"}, context=ts.Context()).result()
     held = {key: store.read(key).result().value for key in store.list().result()}
     os.unlink(os.path.join(database, "manifest.ocdbt"))
@@ -78,7 +80,7 @@ def test_the_seal_is_that_of_the_format(plain):
 
 def edits(directory, count, seed):
     """Edits of what the seals cover: bits, bytes, numbers that are as large as their bytes can say, parts left out or doubled."""
-    draw = random.Random(seed)
+    draw = random.Random(seed)  # noqa: S311 - no secret
     files = {file: data for file in files_of(directory) if list(bodies(data := read(directory, file)))}
     for i in range(count):
         file = list(files)[i % len(files)]
@@ -86,7 +88,9 @@ def edits(directory, count, seed):
         begin, end = draw.choice(list(bodies(data)))
         for _ in range(draw.choice((1, 1, 2, 4))):
             at = draw.randrange(begin + 12, end)
-            change = draw.choice((bytes([data[at] ^ 1 << draw.randrange(8)]), b"\xff", b"\x7f", b"\0", draw.randbytes(4), b"\xff" * 8))
+            change = draw.choice(
+                (bytes([data[at] ^ 1 << draw.randrange(8)]), b"\xff", b"\x7f", b"\0", draw.randbytes(4), b"\xff" * 8)
+            )
             data = data[:at] + change + data[at + len(change) :]
         yield Damage(file, sealed(data))
 
@@ -106,7 +110,9 @@ def test_a_reference_that_leads_out_of_the_directory_is_not_followed(plain, tmp_
     data = read(plain, "manifest.ocdbt")
     (name,) = {file for file in files_of(plain) if file.startswith("d/") and file.encode() in data}
     assert len(path) <= len(name)
-    hostile = data.replace(name.encode(), ("d/./" * 9 + path).encode()[-len(name) :] if path[0] == "." else path.ljust(len(name), "x").encode())
+    hostile = data.replace(
+        name.encode(), ("d/./" * 9 + path).encode()[-len(name) :] if path[0] == "." else path.ljust(len(name), "x").encode()
+    )
     write(plain, "manifest.ocdbt", sealed(hostile))
     with pytest.raises(errors.CheckpointError):
         ckptkit.restore(plain)

@@ -26,7 +26,7 @@ def moved(directory, name, outside):
 @pytest.mark.parametrize("name", [*SMALL, "manifest.ocdbt", "d", "array_metadatas"])
 def test_a_link_out_of_a_database_is_not_followed(database, outside, name):
     moved(database, name, outside)
-    with pytest.raises(errors.FormatError, match="outside the directory|leads out of"):
+    with pytest.raises(errors.FormatError, match=r"outside the directory|leads out of"):
         ckptkit.restore(database)
 
 

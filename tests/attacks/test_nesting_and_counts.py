@@ -33,7 +33,13 @@ def keys(directory, keys):
 
 def sharding(directory, **fields):
     """Replaces every sharding by one with these fields."""
-    named = {"sharding_type": "NamedSharding", "shape": [1], "axis_names": ["x"], "partition_spec": [], "device_mesh": {"mesh": []}}
+    named = {
+        "sharding_type": "NamedSharding",
+        "shape": [1],
+        "axis_names": ["x"],
+        "partition_spec": [],
+        "device_mesh": {"mesh": []},
+    }
     document = json.loads(read(directory, "_sharding"))
     write(directory, "_sharding", json.dumps(dict.fromkeys(document, json.dumps(named | fields))).encode())
 
@@ -48,7 +54,9 @@ ATTACKS = {
     "a leaf of 100,000 keys": lambda d: keys(d, [{"key": "k", "key_type": 2}] * 100_000),
     "a list of which one position in 2**62 is there": lambda d: keys(d, [{"key": str(2**62), "key_type": 1}]),
     "a mesh of 2**62 devices": lambda d: sharding(d, shape=[2**62]),
-    "a mesh without ids of 2**40 x 2**40 devices": lambda d: sharding(d, shape=[2**40] * 2, axis_names=["x", "y"], device_mesh=None),
+    "a mesh without ids of 2**40 x 2**40 devices": lambda d: sharding(
+        d, shape=[2**40] * 2, axis_names=["x", "y"], device_mesh=None
+    ),
     "a mesh of 10,000 axes": lambda d: sharding(d, shape=[1] * 10_000, axis_names=[str(i) for i in range(10_000)]),
     "a device whose number has a million digits": lambda d: sharding(
         d, sharding_type="SingleDeviceSharding", device_str="cpu:" + "9" * 1_000_000

@@ -15,7 +15,25 @@ from ckptkit.handlers import PyTreeCheckpointHandler
 pytestmark = NEEDS_LINUX
 
 SIZES = [0, -1, 1, 999, 1001, 2**20, 2**31, 2**40, 2**62, 2**63 - 1, 2**63, 2**64, 10**30, 0.5, "1000", None, True, [], {}]
-WORDS = ["", "<f4", ">f4", "<f8", "|u1", "|O", "|V8", "<U9", "<M8[s]", "bfloat16", "int4", "float32", "../x", "x" * 9999, "\0", None, 0]
+WORDS = [
+    "",
+    "<f4",
+    ">f4",
+    "<f8",
+    "|u1",
+    "|O",
+    "|V8",
+    "<U9",
+    "<M8[s]",
+    "bfloat16",
+    "int4",
+    "float32",
+    "../x",
+    "x" * 9999,
+    "\0",
+    None,
+    0,
+]
 VALUES = [*SIZES, *WORDS, float("nan"), float("inf"), [1] * 40, {"id": "zstd", "level": -(2**40)}, {"id": "../x"}, {"name": "x"}]
 CODECS = [
     {"name": name, "configuration": configuration}
