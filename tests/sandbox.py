@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -82,6 +82,14 @@ def write(directory: str, file: str, data: bytes) -> None:
 def open_hostile(path: Any) -> Outcome:
     """What comes of opening a checkpoint of a stranger, whatever its values are."""
     return _outcomes(_HostileOpener(), [os.fspath(path)])[0]
+
+
+def open_variants(checkpoint: Any, changes: Mapping[str, Callable[[str], Any]]) -> dict[str, Outcome]:
+    """What comes of opening copies of a checkpoint that the functions change, by the names of the changes; in one child."""
+    paths = [shutil.copytree(checkpoint, f"{checkpoint}-{i}") for i in range(len(changes))]
+    for path, change in zip(paths, changes.values(), strict=True):
+        change(path)
+    return dict(zip(changes, _outcomes(_HostileOpener(), paths), strict=True))
 
 
 def open_damaged(checkpoint: Any, damages: Sequence[Damage], *, brief: bool = False) -> list[Outcome]:

@@ -104,3 +104,13 @@ def test_a_named_tuple_of_hostile_names_is_refused(database, name):
     handler = PyTreeCheckpointHandler(pytree_metadata_options=PyTreeMetadataOptions(support_rich_types=True))
     with pytest.raises(errors.FormatError):
         ckptkit.Checkpointer(handler).restore(database)
+
+
+@pytest.mark.parametrize("impl", ["os.system", "threefry2x32", "x" * 9999, 5, ["rbg"], {"a": 1}])
+def test_an_array_that_is_recorded_as_keys_of_any_kind_is_checked(database, impl):
+    def change(document):
+        document["array_metadatas"][0]["array_metadata"]["ext_metadata"] = {"random_key_impl": impl}
+
+    edited(database, "array_metadatas/process_0", change)
+    with pytest.raises(errors.TargetError, match="PRNG key"):
+        ckptkit.restore(database)

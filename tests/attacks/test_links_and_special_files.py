@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 
 import numpy as np
 import pytest
-from sandbox import NEEDS_LINUX, open_hostile
+from sandbox import NEEDS_LINUX, open_hostile, open_variants
 
 import ckptkit
 from ckptkit import args, errors
@@ -52,17 +53,19 @@ def test_a_link_to_the_checkpoint_itself_and_within_it_is_followed(database, tmp
     assert ckptkit.restore(tmp_path / "latest")["b"]["s"] == "text"
 
 
-@pytest.mark.parametrize("name", [*SMALL, "manifest.ocdbt", "checkpoint"])
-def test_a_named_pipe_is_never_waited_for(database, name):
-    path = os.path.join(database, name)
-    if os.path.exists(path):
-        os.unlink(path)
-    os.mkfifo(path)
-    if name == "checkpoint":
-        os.unlink(os.path.join(database, "_METADATA"))
-    outcome = open_hostile(database)
-    assert outcome.kind == "refused", outcome
-    assert "regular file" in outcome.detail
+def pipe(directory, name):
+    """Puts a named pipe in the place of a file."""
+    for gone in {name, "_METADATA"} if name == "checkpoint" else {name}:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(directory, gone))
+    os.mkfifo(os.path.join(directory, name))
+
+
+def test_a_named_pipe_is_never_waited_for(database):
+    changes = {name: lambda path, name=name: pipe(path, name) for name in (*SMALL, "manifest.ocdbt", "checkpoint")}
+    for outcome in open_variants(database, changes).values():
+        assert outcome.kind == "refused", outcome
+        assert "regular file" in outcome.detail
 
 
 def test_named_pipes_beside_the_files_of_a_database_are_never_waited_for(database):
