@@ -192,7 +192,7 @@ class Checkpointer:
         )
         location = registry.location(directory)
         pending = commit.begin(location, force=force, mode=self._file_options.path_permission_mode)
-        ending: commit.Pending | Saving = pending  # whoever ends the save if this call does not
+        ending: commit.AnyPending | Saving = pending  # whoever ends the save if this call does not
         try:
             tracker = reports.Tracker("save", location.url, self._notifier.progress)
             saving = Saving(pending, handler, step, tracker, self._notifier, start, owned=handler is not self._handler)

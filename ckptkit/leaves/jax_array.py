@@ -258,7 +258,7 @@ def _goals(specs: Sequence[LeafSpec], requests: Sequence[RestoreArgs]) -> list[_
     goals = []
     for spec, request in zip(specs, requests, strict=True):
         stored = spec.array and (spec.array.shape, spec.array.dtype)
-        key: tuple[Any, ...] = (stored, id(spec.sharding), spec.extra.get(_KEY_IMPL), request.dtype, id(request.defaults))
+        key: tuple[Any, ...] = (stored, id(spec.sharding), repr(spec.extra.get(_KEY_IMPL)), request.dtype, id(request.defaults))
         if isinstance(request, ArrayRestoreArgs):
             key += (request.global_shape, request.shape, id(request.sharding))
             key += (id(request.mesh), request.mesh_axes, request.strict)
@@ -300,10 +300,12 @@ def _goal(spec: LeafSpec, request: RestoreArgs) -> _Goal | Problem:
 def _wanted_key(spec: LeafSpec, request: RestoreArgs) -> str | Problem | None:
     """The implementation of the typed key to make; None for a plain array."""
     stored, dtype = spec.extra.get(_KEY_IMPL), request.dtype
-    if dtype is None:
-        return stored if stored is None or isinstance(stored, str) else Problem(f"unknown PRNG key implementation {stored!r}.")
-    if not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+    if dtype is not None and not jnp.issubdtype(dtype, jax.dtypes.prng_key):
         return None
+    if stored is not None and not (isinstance(stored, str) and _is_key_data(spec.array, stored)):
+        return Problem(f"recorded as a PRNG key of implementation {stored!r:.80}, of which what is stored here is not the data.")
+    if dtype is None:
+        return stored
     for impl in dict.fromkeys([stored or _KEY_IMPLS[0], *_KEY_IMPLS]):
         made = _abstract_key(impl)
         if made is not None and made.dtype == dtype and stored in (None, impl):
@@ -327,7 +329,9 @@ def _abstract_key(impl: str) -> Any:
 
 
 def _is_key_data(array: ArraySpec | None, impl: str) -> bool:
-    """Whether a stored array can be wrapped as typed keys."""
+    """Whether a stored array can be wrapped as typed keys of an implementation, which jax may not know."""
+    if _abstract_key(impl) is None:
+        return False
     data = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=impl)))
     return array is not None and array.dtype == data.dtype and array.shape[-1:] == data.shape
 
