@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import attrs
 
-from ckptkit import choosing, commit, discovery, errors, reports
+from ckptkit import _lifetime, choosing, commit, discovery, errors, reports
 from ckptkit.handlers.base import AsyncCheckpointHandler, CheckpointHandler, run_coroutine
 from ckptkit.location import Location
 from ckptkit.metadata.json import checked_custom
@@ -112,8 +112,7 @@ class Checkpointer:
         self._check_open()
         start = time.monotonic()
         registry = discovery.ready(self._registry)
-
-        for attempt in commit.attempts(registry.location(directory)):
+        for attempt in commit.attempts(lambda: choosing.resolved(registry, registry.location(directory))):
             with attempt as location:
                 tracker = reports.Tracker("restore", location.url, self._notifier.progress)
                 handler = self._handler
@@ -144,7 +143,7 @@ class Checkpointer:
         """
         self._check_open()
         registry = discovery.ready(self._registry)
-        for attempt in commit.attempts(registry.location(directory)):
+        for attempt in commit.attempts(lambda: choosing.resolved(registry, registry.location(directory))):
             with attempt as location:
                 step = choosing.step_metadata(location)
                 handler = self._handler or choosing.stored_handler(registry, location, self._registry)
@@ -169,6 +168,7 @@ class Checkpointer:
         self.close()
 
     def _check_open(self) -> None:
+        _lifetime.enter()
         if self._closed:
             raise errors.ClosedError(f"this {type(self).__name__} is closed; make another one.")
 
@@ -192,9 +192,11 @@ class Checkpointer:
         )
         location = registry.location(directory)
         pending = commit.begin(location, force=force, mode=self._file_options.path_permission_mode)
-        tracker = reports.Tracker("save", location.url, self._notifier.progress)
-        saving = Saving(pending, handler, step, tracker, self._notifier, start, owned=handler is not self._handler)
+        ending: commit.AnyPending | Saving = pending  # whoever ends the save if this call does not
         try:
+            tracker = reports.Tracker("save", location.url, self._notifier.progress)
+            saving = Saving(pending, handler, step, tracker, self._notifier, start, owned=handler is not self._handler)
+            ending = saving
             with reports.tracking(tracker):
                 temporary = pending.temporary.path
                 if isinstance(handler, AsyncCheckpointHandler):
@@ -202,7 +204,7 @@ class Checkpointer:
                 else:
                     handler.save(temporary, args=save_args)
         except BaseException:
-            saving.abandon()
+            ending.abandon()
             raise
         saving.blocking_secs = time.monotonic() - start
         return saving

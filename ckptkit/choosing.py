@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from ckptkit import args as args_lib
-from ckptkit import errors
-from ckptkit.handlers._stored import args_for_files, item_folders
+from ckptkit import commit, errors
+from ckptkit.handlers._stored import args_for_files, item_folders, recognised
 from ckptkit.handlers.base import CheckpointHandler
 from ckptkit.location import Location
 from ckptkit.metadata.step import STEP_FILE, StepMetadata, decode_step
@@ -51,6 +52,13 @@ def make_handler(handler_class: type[CheckpointHandler], registry: Registry | No
     if handler.registry is None:
         handler.registry = registry
     return handler
+
+
+def resolved(registry: Registry, location: Location) -> Location:
+    """Where the checkpoint is to be read: see `commit.resolve`; or a single file that a storage backend recognises."""
+    if location.local_path is not None and os.path.isfile(location.local_path) and recognised(registry, location):
+        return location
+    return commit.resolve(location)
 
 
 def step_metadata(location: Location) -> StepMetadata:

@@ -17,6 +17,7 @@ import ctypes
 import errno
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
@@ -34,6 +35,9 @@ __all__ = ["TEMPORARY_SUFFIX", "AnyPending", "Attempt", "Pending", "attempts", "
 TEMPORARY_SUFFIX = ".orbax-checkpoint-tmp"
 _ASIDE_SUFFIX = f".ckptkit-old{TEMPORARY_SUFFIX}"
 _SYNC_THREADS: Final = 8
+
+_held: set[_Lock] = set()
+"""The open locks of this process."""
 
 
 def resolve(location: Location) -> Location:
@@ -60,22 +64,22 @@ def _resolve(path: str) -> FileLocation:
     if os.path.isdir(path + _ASIDE_SUFFIX):
         return FileLocation(path + _ASIDE_SUFFIX)
     if os.path.exists(path):
-        raise errors.NotFoundError(errno.ENOTDIR, "a checkpoint is a directory, this is a file", path)
+        raise errors.NotFoundError(errno.ENOTDIR, "this is a file, and no storage backend recognises it", path)
     raise errors.NotFoundError(errno.ENOENT, f"no checkpoint here; {_neighbours(path)}", path)
 
 
-def attempts(location: Location) -> Iterator[Attempt]:
-    """Attempts at reading the checkpoint at `location`, until one is not disturbed; each is a context manager.
+def attempts(find: Callable[[], Location]) -> Iterator[Attempt]:
+    """Attempts at reading a checkpoint where `find` says that it is, until one is not disturbed; each is a context manager.
 
     Files are opened by path: where another checkpoint took this one's place meanwhile, an error is passed over, and there is
     a further attempt, at the new one.
 
     Raises:
-      errors.NotFoundError, errors.IncompleteError: as `resolve`.
+      what `find` raises.
     """
     disturbed = True
     while disturbed:
-        attempt = Attempt(resolve(location))
+        attempt = Attempt(find())
         yield attempt
         disturbed = attempt.disturbed
 
@@ -99,14 +103,18 @@ class Attempt:
 
 
 def identity(location: Location) -> object:
-    """What tells one checkpoint from another that took its place; None where there is nothing to tell."""
+    """What tells one checkpoint from another that took its place; None where there is nothing to tell.
+
+    An inode's number alone does not: ext4 gives that of a deleted directory to the next one, so that after two overwrites it is
+    the same again.
+    """
     if isinstance(location, MarkerLocation):
         return _marker.identity(location) or object()  # gone: equal to nothing
     try:
         status = os.stat(location.local_path or "")
     except OSError:
         return None
-    return status.st_dev, status.st_ino
+    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _neighbours(path: str) -> str:
@@ -155,17 +163,17 @@ def _begin(path: str, *, force: bool, mode: int | None) -> Pending:
             _empty(path + TEMPORARY_SUFFIX)
             _recover(path)
             if mode is not None:
-                os.chmod(path + TEMPORARY_SUFFIX, mode)
+                os.chmod(path + TEMPORARY_SUFFIX, mode | stat.S_IRWXU)  # `commit` sets it as it was asked for
+            return Pending(path, lock, force=force, mode=mode)
         except BaseException:
-            os.close(lock)
+            _remove_locked(path + TEMPORARY_SUFFIX, lock)
             raise
-    return Pending(path, lock, force=force, mode=mode)
 
 
 class Pending:
     """A save under way; exactly one of `commit` and `abandon` ends it."""
 
-    def __init__(self, path: str, lock: int, *, force: bool, mode: int | None) -> None:
+    def __init__(self, path: str, lock: _Lock, *, force: bool, mode: int | None) -> None:
         self.path = path
         self.temporary = FileLocation(path + TEMPORARY_SUFFIX)
         self._lock = lock
@@ -188,7 +196,7 @@ class Pending:
                 raise _exists(self.path)
             else:
                 self._replace()
-        os.close(self._lock)
+        self._lock.close()
 
     def _replace(self) -> None:
         """Puts the new checkpoint in the old one's place, and deletes the old one."""
@@ -207,17 +215,14 @@ class Pending:
                 with contextlib.suppress(OSError):  # the old one must not go with the temporary directory
                     _put_back(leftover, self.path, exchanged=exchanged)
                 raise
-            with contextlib.suppress(OSError):  # the new one is durable; the next save to this name tidies what stays
-                _remove(leftover)
+            _discard(leftover)  # the new one is durable; the next save to this name tidies what stays
         finally:
             if old is not None:
-                os.close(old)
+                old.close()
 
     def abandon(self) -> None:
         """Removes what was written; never raises, since it runs where something else went wrong."""
-        shutil.rmtree(self.temporary.local_path, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            os.close(self._lock)
+        _remove_locked(self.temporary.local_path, self._lock)
 
 
 AnyPending = Pending | _marker.Pending
@@ -237,43 +242,83 @@ def _exists(path: str) -> errors.ExistsError:
     return errors.ExistsError(f"Destination {path} already exists. Pass force=True to replace it, or save to another path.")
 
 
-def _locked_directory(temporary: str, path: str) -> int:
-    """A descriptor of the temporary directory that holds its lock; the directory is made where it is missing."""
+class _Lock:
+    """The exclusive lock of a directory; it lasts until the descriptor is closed, also where its process is killed.
+
+    Windows has no locks on directories, and some network file systems have none: there a second writer is not noticed.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._descriptor: int | None = os.open(os.devnull if sys.platform == "win32" else path, os.O_RDONLY)
+        _held.add(self)
+
+    def take(self) -> bool:
+        """Whether it is free, and taken now."""
+        if sys.platform == "win32" or self._descriptor is None:
+            return True
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+                raise
+            return error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+        return True
+
+    def is_at(self, path: str) -> bool:
+        """Whether the directory at `path` is the one that is locked; others may have renamed it, or put another in its place."""
+        if sys.platform == "win32":
+            return True
+        try:
+            return self._descriptor is not None and os.path.samestat(os.fstat(self._descriptor), os.stat(path))
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """Gives the lock back; no harm where that was done before."""
+        _held.discard(self)
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _locked_directory(temporary: str, path: str) -> _Lock:
+    """The lock of the temporary directory, which is made where it is missing."""
     for _ in range(10):
         with contextlib.suppress(FileExistsError):
             os.mkdir(temporary)
         lock = _try_lock(temporary)
         if lock is None:
             raise errors.BusyError(f"{path}: another save to this path is under way ({temporary} is locked); wait for it.")
-        # Between mkdir and lock its former holder may have renamed the directory away: then this locks a committed one.
-        with contextlib.suppress(FileNotFoundError):
-            if sys.platform == "win32" or os.path.samestat(os.fstat(lock), os.stat(temporary)):
-                return lock
-        os.close(lock)
+        if lock.is_at(temporary):  # else its former holder has renamed the directory away since: this locks a committed one
+            return lock
+        lock.close()
     raise errors.BusyError(f"{path}: other saves to this path keep coming; let one writer at a time save to it.")
 
 
-def _try_lock(path: str) -> int | None:
-    """A descriptor that holds the exclusive lock of a directory; None where another holds it.
-
-    Windows has no locks on directories: there a second writer is not noticed.
-    """
-    if sys.platform == "win32":
-        return os.open(os.devnull, os.O_RDONLY)
+def _try_lock(path: str) -> _Lock | None:
+    """The lock of a directory, or of nothing where the directory is gone; None where another holds it."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        lock = _Lock(path)
     except FileNotFoundError:
-        return os.open(os.devnull, os.O_RDONLY)  # gone meanwhile; the caller notices that this is another file
+        return _Lock(os.devnull)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
-            return descriptor  # some network file systems have no locks: there a second writer is not noticed
-        os.close(descriptor)
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            return None
+        if lock.take():
+            return lock
+    except BaseException:  # Ctrl-C, after which nobody would know of the lock
+        lock.close()
         raise
-    return descriptor
+    lock.close()
+    return None
+
+
+def _close_copies() -> None:
+    """In a forked process: a lock lasts until the last copy of its descriptor is closed."""
+    for lock in list(_held):
+        lock.close()
+
+
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_close_copies)
 
 
 def _recover(path: str) -> None:
@@ -296,8 +341,35 @@ def _empty(directory: str) -> None:
 def _remove(path: str) -> None:
     if os.path.islink(path) or not os.path.isdir(path):
         os.unlink(path)
-    else:
+        return
+    try:
         shutil.rmtree(path)
+    except PermissionError:  # directories without write permission: `path_permission_mode` may have asked for that
+        os.chmod(path, stat.S_IRWXU)
+        for directory, names, _ in os.walk(path):
+            for name in names:
+                if not os.path.islink(inside := os.path.join(directory, name)):
+                    os.chmod(inside, stat.S_IRWXU)
+        shutil.rmtree(path)
+
+
+def _discard(directory: str) -> None:
+    """Removes a directory as far as the system lets it."""
+    with contextlib.suppress(OSError):
+        _remove(directory)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _remove_locked(temporary: str, lock: _Lock) -> None:
+    """Removes a temporary directory, and gives its lock back.
+
+    Another directory is there after an exchange that could not be undone: the old checkpoint, which stays.
+    """
+    try:
+        if lock.is_at(temporary):
+            _discard(temporary)
+    finally:
+        lock.close()
 
 
 def _sync_tree(root: str, mode: int | None) -> None:

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -72,7 +73,7 @@ class Location(abc.ABC):
 
     @abc.abstractmethod
     def names(self) -> Mapping[str, bool]:
-        """What is in the directory: name -> whether it is a directory. Empty where it does not exist."""
+        """What is in the directory: name -> whether it is a directory. Empty where it does not exist, or is a file."""
 
     @abc.abstractmethod
     def delete(self, name: str = "") -> None:
@@ -231,6 +232,8 @@ def mapped_os_errors(path: str, doing: str) -> Iterator[None]:
         raise errors.NotFoundError(error.errno, f"cannot {doing}: no such file or directory", path) from error
     except OSError as error:
         raise errors.StorageError(error.errno, f"cannot {doing}: {error.strerror or error}", path) from error
+    except MemoryError as error:
+        raise errors.StorageError(errno.ENOMEM, f"cannot {doing}: there is no memory for it", path) from error
 
 
 class FileLocation(Location):
@@ -256,11 +259,13 @@ class FileLocation(Location):
 
     def read_bytes(self, name: str, limit: int = 1 << 30) -> bytes:
         path = self._inside(name)
-        with mapped_os_errors(path, "read"), open(path, "rb") as file:
-            data = file.read(limit + 1)
-        if len(data) > limit:
-            raise errors.FormatError(f"{path}: larger than {limit} bytes, more than a file of this kind ever is.")
-        return data
+        with mapped_os_errors(path, "read"), open(path, "rb", buffering=0, opener=_open_without_waiting) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise errors.FormatError(f"{path}: expected a regular file, found another kind; restore another checkpoint.")
+            if status.st_size > limit:
+                raise errors.FormatError(f"{path}: larger than {limit} bytes, more than a file of this kind ever is.")
+            return file.read()
 
     def write_bytes(self, name: str, data: bytes) -> None:
         path = self._inside(name)
@@ -276,7 +281,7 @@ class FileLocation(Location):
         try:
             with os.scandir(self._path) as entries:
                 return {entry.name: entry.is_dir() for entry in entries}
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):  # a checkpoint may be a single file
             return {}
         except OSError as error:
             raise errors.StorageError(error.errno, f"cannot list: {error.strerror}", self._path) from error
@@ -290,4 +295,19 @@ class FileLocation(Location):
                 os.unlink(path)
 
     def _inside(self, name: str) -> str:
-        return os.path.join(self._path, *checked_parts(name, self._path))
+        """The path of `name`, which must lie below this directory, links resolved: a stranger may have made both."""
+        try:
+            os.fsencode(name)
+        except UnicodeEncodeError as error:
+            raise errors.FormatError(f"{self._path}: the name {name!r} holds what no name of a file does.") from error
+        path = self._path
+        for part in checked_parts(name, self._path):
+            path = os.path.join(path, part)
+            if os.path.islink(path) and not os.path.realpath(path).startswith(os.path.join(os.path.realpath(self._path), "")):
+                raise errors.FormatError(f"{path}: the link leads out of {self._path}; copy what it leads to in its place.")
+        return path
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """A descriptor at once, where the file is a named pipe that nobody writes to."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from concurrent import futures
-from typing import Any
+from typing import Any, Final
 
 import attrs
 
-from ckptkit import commit, discovery, errors, reports
+from ckptkit import _lifetime, commit, discovery, errors, reports
 from ckptkit.handlers.base import CheckpointHandler
 from ckptkit.metadata.step import STEP_FILE, StepMetadata, encode_step
 
 __all__ = ["Saving", "checked_futures"]
+
+_STOP_SECS: Final = 60.0
+"""How long writers may take to stop once they are told to."""
 
 
 def checked_futures(handler: CheckpointHandler, returned: Any) -> list[futures.Future[Any]]:
@@ -53,6 +57,12 @@ class Saving:
         self._notifier = notifier
         self._start = start
         self._owned = owned
+        self._taken = threading.Lock()
+        self._under_way = _lifetime.saving(pending.path)
+
+    def take(self) -> bool:
+        """Whether the caller is the one to end this save, with `finish` or `abandon`: the first to ask is."""
+        return self._taken.acquire(blocking=False)
 
     def finish(self) -> None:
         """Waits for the writers, and commits; on any failure nothing is left behind."""
@@ -80,16 +90,20 @@ class Saving:
         )
 
     def abandon(self) -> None:
-        """Stops the writers, waits until nobody writes any more, and removes what was written."""
+        """Stops the writers, waits until nobody writes any more, and removes what was written.
+
+        Where a writer does not stop, the directory stays, and locked: nobody else may write there while it might.
+        """
         for future in self.writing:
             future.cancel()
         try:
-            futures.wait(self.writing)
+            if not futures.wait(self.writing, _STOP_SECS).not_done:
+                self._pending.abandon()
         finally:
-            self._pending.abandon()
             self._close()
             self._tracker.finish()
 
     def _close(self) -> None:
+        self._under_way.end()
         if self._owned:
             self._handler.close()

@@ -13,11 +13,11 @@ import orbax.checkpoint as ocp
 import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
-from trees import assert_same, trees
 
 import ckptkit
 from ckptkit import args, commit, errors
 from ckptkit.location import LocationPath
+from ckptkit.testing import assert_same, strategies
 
 COMMIT = "commit_success.txt"
 FORMATS = {
@@ -67,7 +67,7 @@ def test_every_format_round_trips(url, options):
 
 
 @hypothesis_settings(max_examples=20)
-@given(tree=trees)
+@given(tree=strategies.trees())
 def test_trees_round_trip_with_a_target(tree):
     with ckptkit.StandardCheckpointer() as checkpointer:
         checkpointer.save("memory://drawn", tree, force=True)

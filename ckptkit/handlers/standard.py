@@ -37,6 +37,7 @@ class StandardCheckpointHandler(AsyncCheckpointHandler):
         use_ocdbt: bool = True,
         use_zarr3: bool = False,
         storage: str | None = None,
+        target_data_file_size: int | None = None,
     ) -> None:
         """The arguments are those of `PyTreeCheckpointHandler`."""
         self._pytree = PyTreeCheckpointHandler(
@@ -47,6 +48,7 @@ class StandardCheckpointHandler(AsyncCheckpointHandler):
             use_ocdbt=use_ocdbt,
             use_zarr3=use_zarr3,
             storage=storage,
+            target_data_file_size=target_data_file_size,
         )
 
     @property

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from ckptkit.index import IndexDocument
 from ckptkit.leaves.base import LeafSpec, Problem, RestoreArgs, TypeHandler
 from ckptkit.pipeline.limits import BATCH_BYTE_SIZE, BATCH_LEAVES
 from ckptkit.processes import Job
-from ckptkit.storage.base import Reader
+from ckptkit.storage.base import PartialReader, Reader
 
 __all__ = ["RestoreItem", "aligned_empty", "restore_leaves"]
 
@@ -58,13 +59,14 @@ def restore_leaves(
     _warn_of_casts(items)
     tracker = reports.current_tracker("restore")
     tracker.verified = tracker.verified and index is not None
+    fetches = _parts if index is None and isinstance(reader, PartialReader) else _cells
     batches = list(_restore_batches(items, needs, max_inflight_bytes))
     tracker.expect(sum(batch.byte_count for batch in batches), len(items))
     leaves: list[Any] = [None] * len(items)
     ahead: list[_Reading] = []
     for following in [*batches, None]:
         if following is not None:
-            ahead.append(_start_reading(following, items, needs, reader))
+            ahead.append(_start_reading(following, items, needs, reader, fetches))
         if ahead and (following is None or len(ahead) > 1):
             reading = ahead.pop(0)
             reading.future.result()
@@ -180,8 +182,13 @@ class _Reading(NamedTuple):
     future: Future[None]
 
 
+_Fetches = Callable[[RestoreItem, ArraySpec, Mapping[Index, Array]], Iterable[_Fetched]]
+
+
 @paused_gc()
-def _start_reading(batch: _Batch, items: Sequence[RestoreItem], needs: Sequence[Sequence[Index]], reader: Reader) -> _Reading:
+def _start_reading(
+    batch: _Batch, items: Sequence[RestoreItem], needs: Sequence[Sequence[Index]], reader: Reader, fetches: _Fetches
+) -> _Reading:
     parts: list[dict[Index, Array]] = []
     fetched: list[_Fetched] = []
     for i in batch.positions:
@@ -190,12 +197,17 @@ def _start_reading(batch: _Batch, items: Sequence[RestoreItem], needs: Sequence[
         buffers = {index: aligned_empty(index_shape(index), array.dtype) for index in needs[i]} if array else {}
         parts.append(buffers)
         if array is not None:
-            fetched += _fetches(item, array, buffers)
+            fetched += fetches(item, array, buffers)
     future = reader.read([(f.item.spec.array.name, f.index, f.out) for f in fetched if f.item.spec.array is not None])
     return _Reading(batch, parts, fetched, future)
 
 
-def _fetches(item: RestoreItem, array: ArraySpec, buffers: Mapping[Index, Array]) -> Iterator[_Fetched]:
+def _parts(item: RestoreItem, array: ArraySpec, buffers: Mapping[Index, Array]) -> Iterator[_Fetched]:
+    """The buffers themselves, whatever chunks they lie in."""
+    return (_Fetched(item, index, buffer, ()) for index, buffer in buffers.items() if buffer.size)
+
+
+def _cells(item: RestoreItem, array: ArraySpec, buffers: Mapping[Index, Array]) -> Iterator[_Fetched]:
     """The chunks that fill the buffers, each once: straight into its place where it fits there as a whole in one run."""
     if len(buffers) == 1:
         ((index, buffer),) = buffers.items()
@@ -229,11 +241,17 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     """An uninitialised C-contiguous array whose memory starts at a multiple of 64 bytes.
 
     jax's CPU backend adopts such memory without a copy (512 MB: 2 ms instead of 640 ms).
+
+    Raises:
+      errors.StorageError: there is no memory for it.
     """
     size = dtype.itemsize
     for n in shape:
         size *= n
-    memory = np.empty(size + 63, np.uint8)
+    try:
+        memory = np.empty(size + 63, np.uint8)
+    except MemoryError as error:
+        raise errors.StorageError(errno.ENOMEM, f"there is no memory for an array of shape {shape} and dtype {dtype}") from error
     start = -memory.ctypes.data % 64
     return memory[start : start + size].view(dtype).reshape(shape)
 

@@ -48,6 +48,10 @@ _MAX_RATIO: Final = 1 << 21
 _MAX_LOST_NBYTES: Final = 1 << 30
 _MAX_FILLED_NBYTES: Final = 1 << 40
 
+# Chunks that may be missing in all, since each takes a kilobyte while it is read; arrays of few chunks are not counted.
+_MAX_ABSENT_CHUNKS: Final = 1 << 18
+_FEW_CHUNKS: Final = 64
+
 
 @attrs.frozen(eq=False)
 class _Cell:
@@ -141,15 +145,24 @@ class ChunkReader(Reader):
                 yield prefix, document
 
     def _check_claims(self, values: Mapping[bytes, Value], documents: Mapping[str, Document]) -> None:
-        """No array claims more memory than what is stored bears out."""
-        large = {p: d for p, d in documents.items() if d.padded_nbytes > _MAX_LOST_NBYTES and 0 not in d.shape}
+        """No array claims more memory, or more chunks, than what is stored bears out."""
+        large = {p: d for p, d in documents.items() if d.padded_nbytes > _MAX_LOST_NBYTES or d.chunk_count > _FEW_CHUNKS}
         if not large:
             return
         keys = list(values)
         held = [0, *accumulate(map(nbytes_of, values.values()))]
+        absent = 0
         for prefix, document in large.items():
+            if 0 in document.shape:
+                continue
             begin = prefix.encode()
             first, last = bisect.bisect_left(keys, begin), bisect.bisect_left(keys, begin + b"\xff")
+            absent += max(0, document.chunk_count - (last - first))
+            if absent > _MAX_ABSENT_CHUNKS:
+                raise errors.FormatError(
+                    f"{self._location.url}: array {_name(prefix)!r} of shape {document.shape} has {document.chunk_count} chunks, "
+                    f"but {last - first} keys are stored: the file is damaged or not to be trusted."
+                )
             unread = sum([isinstance(values[key], Unread) for key in keys[first:last]])  # as large as they may be
             stored = held[last] - held[first] + unread * document.stored_nbytes[1]
             unborne = document.padded_nbytes - stored * (1 if document.raw else _MAX_RATIO)
