@@ -25,6 +25,13 @@ _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,221}")
 _INITIAL_DELAY = "200ms"
 _MAX_DELAY = "4s"
 
+# TensorStore takes these from the environment alone; without them it waits for ever for a server that says nothing.
+_PATIENCE = {
+    "TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS": "15",
+    "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "60",
+    "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
+}
+
 
 def _not_negative(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
@@ -111,6 +118,8 @@ def _retries(count: int) -> dict[str, Any]:
 def _place(url: str, scheme: str, spec: dict[str, Any]) -> KvStoreLocation:
     from ckptkit.storage import KvStoreLocation  # noqa: PLC0415 - it imports TensorStore, which takes a while
 
+    for name, value in _PATIENCE.items():
+        os.environ.setdefault(name, value)
     found, separator, rest = url.partition("://")
     bucket, _, path = rest.rstrip("/").partition("/")
     # Checked here, since TensorStore's client resolves '..' like a path, which would lead into another bucket.

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import http.server
+import os
+import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -277,3 +281,22 @@ def test_a_bucket_that_is_missing_is_told(refusing, registry_at, url):
         for use in (checkpointer.restore, lambda u: checkpointer.save(u, {"a": 1})):
             with pytest.raises(errors.StorageError, match="NoSuchBucket"):
                 use(url)
+
+
+_RESTORE = """
+import sys, ckptkit, ckptkit_s3
+registry = ckptkit.Registry.with_builtins()
+registry.add_scheme("s3", ckptkit_s3.S3(endpoint=sys.argv[1], max_retries=0))
+try:
+    ckptkit.Checkpointer(registry=registry).restore("s3://bucket/a")
+except ckptkit.errors.StorageError as error:
+    print(error)
+"""
+
+
+def test_a_server_that_says_nothing_is_given_up():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        command = [sys.executable, "-c", _RESTORE, f"http://127.0.0.1:{silent.getsockname()[1]}"]
+        environment = os.environ | {"TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "1"}  # not the 60 s of the package
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60)
+    assert "Timeout was reached" in done.stdout
