@@ -158,7 +158,8 @@ def _write(
     """The writing thread: what is staged goes to the backend, then the documents go to the location."""
     checksums = {array.name: Checksums(array) for array in plan.arrays}
     try:
-        writer = plan.backend.writer(location, plan.arrays, plan.options, Job())
+        with paused_gc():
+            writer = plan.backend.writer(location, plan.arrays, plan.options, Job())
         try:
             while (staged := batches.get()) is not None and not result.cancel_requested.is_set():
                 _write_batch(writer, _chunks(staged), checksums, _Written(budget, staged.batch.held, tracker))
@@ -179,6 +180,7 @@ def _write(
         budget.close()
 
 
+@paused_gc()
 def _write_batch(writer: Writer, chunks: Sequence[Chunk], checksums: Mapping[str, Checksums], written: _Written) -> None:
     written.byte_count = sum([chunk.data.nbytes for chunk in chunks])
     writer.write(chunks).add_done_callback(written)
