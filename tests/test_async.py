@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import trees
 
 import ckptkit
 from ckptkit import args, errors
+from ckptkit.testing import assert_same
 
 SIZE = 1 << 22
 
@@ -48,7 +48,7 @@ def test_a_budget_below_the_tree_still_saves_what_it_held(tmp_path: Path) -> Non
             array[:] = -1
         checkpointer.wait_until_finished()
         restored = checkpointer.restore(tmp_path / "c")
-    trees.assert_same(restored, {f"a{i}": np.full(1 << 20, i, np.float32) for i in range(16)})
+    assert_same(restored, {f"a{i}": np.full(1 << 20, i, np.float32) for i in range(16)})
 
 
 def test_the_next_save_waits_for_the_one_in_flight(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_saves_work_inside_a_running_event_loop(tmp_path: Path) -> None:
             checkpointer.save(tmp_path / "d", {"a": np.ones(4)})
         return ckptkit.restore(tmp_path / "d")
 
-    trees.assert_same(asyncio.run(notebook()), {"a": np.ones(4)})
+    assert_same(asyncio.run(notebook()), {"a": np.ones(4)})
 
 
 def test_two_writers_on_one_path_one_wins_and_the_other_is_told(tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ import tensorstore as ts
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
-from trees import abstract, assert_same, trees
 
 import ckptkit
 from ckptkit import errors
@@ -32,6 +31,8 @@ from ckptkit.processes import Job
 from ckptkit.storage import _zarr_files
 from ckptkit.storage._zarr_dtypes import V3_DTYPES
 from ckptkit.storage.zarr import ZarrBackend
+from ckptkit.testing import abstract, assert_same
+from ckptkit.testing.strategies import trees
 
 BACKEND = ZarrBackend()
 
@@ -167,7 +168,7 @@ def test_thousands_of_small_arrays_are_written_and_read_in_batches(location, mon
     assert time.process_time() - start < 10
 
 
-@given(tree=trees, use_zarr3=st.booleans())
+@given(tree=trees(), use_zarr3=st.booleans())
 def test_trees_round_trip_with_their_checksums(tmp_path_factory, tree, use_zarr3):
     path = tmp_path_factory.mktemp("tree") / "step"
     handler = ckptkit.StandardCheckpointHandler(use_ocdbt=False, use_zarr3=use_zarr3)

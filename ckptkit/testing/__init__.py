@@ -1,4 +1,4 @@
-'''Conformance suites, fixtures and Hypothesis strategies for the authors of plugins. Needs `ckptkit[testing]`.
+"""Conformance suites, fixtures and Hypothesis strategies for the authors of plugins. Needs `ckptkit[testing]`.
 
 A suite is a class of pytest tests. Subclass it, say by fixtures what is under test, and run pytest:
 
@@ -41,7 +41,7 @@ A suite is a class of pytest tests. Subclass it, say by fixtures what is under t
 Each class says which of its fixtures and attributes a subclass may override besides; `new_location` of
 `ckptkit.testing.fixtures` is where a backend is tried. A test that fails names the promise that was broken and where it is
 documented. What a fresh process must find is found by entry point, so install the plugin (`pip install -e .`) before.
-'''
+"""
 
 from __future__ import annotations
 

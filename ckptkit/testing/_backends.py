@@ -34,7 +34,8 @@ def bits(shape: tuple[int, ...], dtype: Any, seed: int) -> Array:
     """Random bits of a dtype: no two chunks are alike, and NaNs have payloads."""
     dtype = np.dtype(dtype)
     raw = np.random.default_rng(seed).integers(0, 256, (*shape, dtype.itemsize), np.uint8)
-    return (raw & _USED_BITS.get(dtype.name, 255)).view(dtype).reshape(shape)
+    values: Array = (raw & _USED_BITS.get(dtype.name, 255)).view(dtype).reshape(shape)
+    return values
 
 
 def array(name: str, shape: tuple[int, ...], dtype: Any = np.float32, chunk_shape: tuple[int, ...] = (), seed: int = 0) -> Stored:
@@ -89,7 +90,7 @@ def read(backend: StorageBackend, location: Location, arrays: Sequence[Stored]) 
 
 def files(location: Location) -> Mapping[tuple[Location, str], bytes]:
     """Every file below a directory: the directory that it lies in, its name, and its bytes."""
-    found = {}
+    found: dict[tuple[Location, str], bytes] = {}
     for name, is_directory in sorted(location.names().items()):
         if is_directory:
             found.update(files(location.child(name)))

@@ -2,48 +2,61 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
-import attrs
+import pytest
 from etils import epath
 
 import ckptkit
 from ckptkit import errors
-from ckptkit.args import PyTreeSave, StandardRestore
+from ckptkit.args import CheckpointArgs, PyTreeSave, StandardRestore
 from ckptkit.handlers import PyTreeCheckpointHandler
 from ckptkit.registry import Registry
 from ckptkit.reports import RestoreReport
 from ckptkit.storage import Location, StorageBackend
 from ckptkit.testing import _backends as by_hand
 
-__all__ = ["Checkpoint", "cancelled", "fresh_process", "in_proportion", "saved"]
+__all__ = [
+    "Checkpoint",
+    "cancelled",
+    "damages",
+    "fresh_process",
+    "give_up",
+    "in_proportion",
+    "losses",
+    "saved",
+    "small_files",
+    "stays_as_it_is",
+    "together",
+]
 
-_NAME = "checkpoint"
-_DOCUMENTS = ("_METADATA", "_sharding", "_strings.json", "_CHECKPOINT_METADATA", "process_0")
+T = TypeVar("T")
 
 
 class Checkpoint:
-    """A checkpoint of a tree at `location`, restored with a registry of its own."""
+    """A checkpoint at `location`, restored with the registry given."""
 
     def __init__(self, location: Location, registry: Registry) -> None:
         self.location = location
         self._registry = registry
 
     def restore(self, target: Any = None) -> Any:
+        """What it holds, into a target or with args if there are some."""
         return self.restore_reported(target)[0]
 
     def restore_reported(self, target: Any = None) -> tuple[Any, RestoreReport]:
-        """The tree, and what reading it took."""
+        """The same, and what reading it took."""
         observer = _Reports()
-        args = () if target is None else (StandardRestore(target),)
+        args = () if target is None else (target if isinstance(target, CheckpointArgs) else StandardRestore(target),)
         with ckptkit.Checkpointer(registry=self._registry, observers=[observer]) as checkpointer:
             return checkpointer.restore(self.location.url, *args), observer.report
 
@@ -52,19 +65,35 @@ class Checkpoint:
         above, _, _ = self.location.url.rpartition("/")
         return Checkpoint(self._registry.location(f"{above}/{name}"), self._registry)
 
-    def survives_damage(self, expected: Any, assert_same: Callable[[Any, Any], None]) -> None:
-        """Damages every file in turn: each restore gives the values that were saved, or says what is wrong."""
+    def survives(
+        self,
+        ways: Callable[[bytes], Iterable[tuple[str, bytes]]],
+        assert_same: Callable[[Any], None],
+        target: Any = None,
+        refusal: type[Exception] = errors.CheckpointError,
+    ) -> None:
+        """Damages every file in turn: each restore gives the values that were saved, or says what is wrong.
+
+        Args:
+          ways: how the bytes of a file can be wrong, each with a name.
+          assert_same: fails where what was restored is not what was saved.
+          target: as for `restore`.
+          refusal: what a restore may raise.
+
+        Raises:
+          AssertionError: names the file, and the damage.
+        """
         for (directory, name), data in by_hand.files(self.location).items():
-            for what, damaged in _damages(data):
+            for what, damaged in ways(data):
                 directory.write_bytes(name, damaged)
                 try:
-                    found = self.restore()
-                except errors.CheckpointError:
+                    found = self.restore(target)
+                except refusal:
                     continue
                 except Exception as error:
-                    raise AssertionError(f"{name}, {what}: expected a CheckpointError") from error
+                    raise AssertionError(f"{name}, {what}: expected a {refusal.__name__}") from error
                 try:
-                    assert_same(found, expected)
+                    assert_same(found)
                 except AssertionError as error:
                     raise AssertionError(f"{name}, {what}: other values came back, and no error") from error
             directory.write_bytes(name, data)
@@ -91,13 +120,19 @@ class _Reports:
         self.report = report
 
 
-def _damages(data: bytes) -> Iterator[tuple[str, bytes]]:
+def damages(data: bytes) -> Iterator[tuple[str, bytes]]:
     """Some ways in which a file can be wrong: a bit flipped here and there, the end missing."""
     step = max(1, len(data) // 12)
     for at in range(0, len(data), step):
         yield f"bit flipped at byte {at} of {len(data)}", data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :]
-    for size in {0, len(data) // 2, len(data) - 1} - {len(data), -1}:
+    for size in sorted({0, len(data) // 2, len(data) - 1} - {len(data), -1}):
         yield f"cut off at byte {size} of {len(data)}", data[:size]
+
+
+def losses(data: bytes) -> Iterator[tuple[str, bytes]]:
+    """A file without its bytes."""
+    if data:
+        yield f"all of its {len(data)} bytes lost", b""
 
 
 def _handler(registry: Registry, backend: StorageBackend | None) -> PyTreeCheckpointHandler:
@@ -107,13 +142,14 @@ def _handler(registry: Registry, backend: StorageBackend | None) -> PyTreeCheckp
     return PyTreeCheckpointHandler(storage=backend.name)
 
 
-@contextlib.contextmanager
-def saved(tree: Any, registry: Registry, place: Location, backend: StorageBackend | None = None) -> Iterator[Checkpoint]:
+def saved(
+    tree: Any, registry: Registry, place: Location, backend: StorageBackend | None = None, save_args: Any = None
+) -> Checkpoint:
     """A checkpoint of the tree in `place`."""
-    location = registry.location(f"{place.url}/{_NAME}")
+    location = registry.location(f"{place.url}/checkpoint")
     with ckptkit.Checkpointer(_handler(registry, backend), registry=registry) as checkpointer:
-        checkpointer.save(location.url, args=PyTreeSave(tree))
-    yield Checkpoint(location, registry)
+        checkpointer.save(location.url, args=PyTreeSave(tree, save_args))
+    return Checkpoint(location, registry)
 
 
 def cancelled(tree: Any, registry: Registry, place: Location, backend: StorageBackend | None = None) -> None:
@@ -122,15 +158,20 @@ def cancelled(tree: Any, registry: Registry, place: Location, backend: StorageBa
     Raises:
       AssertionError: something does, or the save ended in an error that is not ours.
     """
-    import asyncio
-
     handler = _handler(registry, backend)
     handler.registry = registry
     futures = asyncio.run(handler.async_save(epath.Path(place.url), args=PyTreeSave(tree)))
     give_up(futures)
+    stays_as_it_is(place)
+
+
+def stays_as_it_is(place: Location) -> None:
+    """Fails where something is still being written in the directory."""
     before = by_hand.snapshot(place)
     time.sleep(0.1)
-    assert by_hand.snapshot(place) == before, "something was still written after the save had ended"
+    after = by_hand.snapshot(place)
+    changed = sorted(path for path in {*before, *after} if before.get(path) != after.get(path))
+    assert not changed, f"still being written: {changed}"
 
 
 def give_up(futures: Sequence[Future[Any]]) -> None:
@@ -155,7 +196,34 @@ def fresh_process(code: str, *arguments: str) -> None:
     assert done.returncode == 0, f"a fresh process failed; is the plugin installed, with its entry point?\n{done.stderr}"
 
 
-def in_proportion(work: Callable[[Any], None], few: Any, many: Any) -> None:
+def together(work: Callable[[int], T], count: int) -> list[T]:
+    """What the work gives for 0, 1, ..., done in as many threads at once."""
+    start = threading.Barrier(count)
+
+    def begin(number: int) -> T:
+        start.wait(by_hand.TIMEOUT_SECS)
+        return work(number)
+
+    with ThreadPoolExecutor(count) as threads:
+        return list(threads.map(begin, range(count)))
+
+
+@contextlib.contextmanager
+def small_files(location: Location, max_byte_size: int) -> Iterator[None]:
+    """No file of this process can grow beyond a size, as on a disk that is full."""
+    if location.local_path is None or sys.platform == "win32":
+        pytest.skip("only files can be kept from growing")
+    import resource  # noqa: PLC0415 - Windows has none
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max_byte_size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def in_proportion(work: Callable[[Any], object], few: Any, many: Any) -> None:
     """Does work on few things and on ten times as many, and compares the processor time: four times ten is too much.
 
     Raises:
@@ -166,7 +234,7 @@ def in_proportion(work: Callable[[Any], None], few: Any, many: Any) -> None:
     assert long < 40 * short, f"{len(few)} took {short:.3f} s of processor time, {len(many)} took {long:.3f} s"
 
 
-def _secs(work: Callable[[Any], None], things: Any) -> float:
+def _secs(work: Callable[[Any], object], things: Any) -> float:
     start = time.process_time()
     work(things)
     return time.process_time() - start

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 __all__ = ["abstract", "assert_same"]
@@ -12,9 +13,10 @@ __all__ = ["abstract", "assert_same"]
 
 def abstract(tree: Any) -> Any:
     """The tree with every jax.Array replaced by its description: a target to restore into."""
+    struct: Any = jax.ShapeDtypeStruct  # jax gives it no types
 
     def describe(leaf: Any) -> Any:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) if isinstance(leaf, jax.Array) else leaf
+        return struct(leaf.shape, leaf.dtype, sharding=leaf.sharding) if isinstance(leaf, jax.Array) else leaf
 
     return jax.tree.map(describe, tree)
 
@@ -46,6 +48,6 @@ def _assert_same_array(found: Any, expected: jax.Array, where: str) -> None:
     assert isinstance(found, jax.Array), (where, found)
     assert (found.shape, found.dtype) == (expected.shape, expected.dtype), (where, found, expected)
     assert found.sharding == expected.sharding, (where, found.sharding, expected.sharding)
-    if jax.dtypes.issubdtype(expected.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(expected.dtype, jax.dtypes.prng_key):
         found, expected = jax.random.key_data(found), jax.random.key_data(expected)
     assert np.asarray(found).tobytes() == np.asarray(expected).tobytes(), (where, found, expected)

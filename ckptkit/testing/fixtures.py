@@ -45,8 +45,8 @@ def devices() -> list[jax.Device]:
     found = jax.devices()
     if [device.platform for device in found] != ["cpu"] * DEVICE_COUNT:
         raise pytest.UsageError(
-            f"ckptkit.testing needs {DEVICE_COUNT} CPU devices, jax has {found}: it was started before ckptkit.testing.fixtures was "
-            "imported. Name that in pytest_plugins of the topmost conftest.py and use jax in no conftest.py or plugin at import, "
+            f"ckptkit.testing needs {DEVICE_COUNT} CPU devices, jax has {found}: it was started before ckptkit.testing.fixtures "
+            "was imported. Name that in pytest_plugins of the topmost conftest.py, use jax in none at import, "
             f"run `pytest -p ckptkit.testing.fixtures`, or set XLA_FLAGS={_FLAG}={DEVICE_COUNT} JAX_PLATFORMS=cpu."
         )
     return found

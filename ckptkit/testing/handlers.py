@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import pickle
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 from etils import epath
@@ -27,7 +26,29 @@ from ckptkit.testing.comparison import assert_same
 __all__ = ["CheckpointHandlerTests"]
 
 _HANDLER = "ckptkit.handlers.CheckpointHandler"
+_ASYNC_SAVE = "ckptkit.handlers.AsyncCheckpointHandler.async_save"
 Maker = Callable[[Any], CheckpointArgs]
+
+
+class _Case(NamedTuple):
+    """What a subclass put under test."""
+
+    handler: CheckpointHandler
+    make_item: Callable[[int], Any]
+    make_args: Maker
+    restore_args: CheckpointArgs | None
+    registry: Registry
+    new_location: Callable[[], Location]
+
+    def args(self, seed: int = 0) -> CheckpointArgs:
+        """The args that save the item of a seed."""
+        return self.make_args(self.make_item(seed))
+
+    def saved(self, seed: int = 0, handler: CheckpointHandler | None = None) -> checkpoints.Checkpoint:
+        """A checkpoint of the item of a seed; without a handler its args pick one."""
+        place = self.registry.location(f"{self.new_location().url}/checkpoint")
+        ckptkit.Checkpointer(handler, registry=self.registry).save(place.url, args=self.args(seed))
+        return checkpoints.Checkpoint(place, self.registry)
 
 
 class CheckpointHandlerTests:
@@ -37,8 +58,8 @@ class CheckpointHandlerTests:
     the item back.
 
     Attributes:
-      checksummed: whether a flipped bit in any file of the handler's is an error. It is for what goes through a storage backend;
-        a handler that writes files of its own may leave that to the disk.
+      checksummed: whether a flipped bit in any file is an error. It is for what goes through a storage backend; a handler that
+        writes files of its own may leave that to the disk.
     """
 
     checksummed: ClassVar[bool] = False
@@ -75,169 +96,135 @@ class CheckpointHandlerTests:
         """Changes an item in place, as a training step would after the save; override it where that can be done."""
         pytest.skip("items of this kind cannot be changed: override `spoil` where they can")
 
+    @pytest.fixture
+    def case(
+        self,
+        handler: CheckpointHandler,
+        make_item: Callable[[int], Any],
+        make_args: Maker,
+        restore_args: CheckpointArgs | None,
+        registry: Registry,
+        new_location: Callable[[], Location],
+    ) -> _Case:
+        """All of the above in one; not to be overridden."""
+        return _Case(handler, make_item, make_args, restore_args, registry, new_location)
+
     # Who it is
 
-    @promise("typestr() is a string by which a registry finds the handler, and a checkpoint records it.", f"{_HANDLER}.typestr")
-    def test_is_found_by_its_type_string(self, handler: CheckpointHandler, registry: Registry) -> None:
-        assert registry.handler_for_typestr(handler.typestr()) is type(handler)
+    @promise("typestr() is a string by which a registry finds the handler again.", f"{_HANDLER}.typestr")
+    def test_is_found_by_its_type_string(self, case: _Case) -> None:
+        assert case.registry.handler_for_typestr(case.handler.typestr()) is type(case.handler)
 
-    @promise("The args pick the handler, and the registry makes it without constructor arguments.", "ckptkit.args.register_with_handler")
-    def test_is_made_by_the_registry(
-        self, handler: CheckpointHandler, make_item: Callable[[int], Any], make_args: Maker, registry: Registry
-    ) -> None:
-        handler_class = registry.handler_for_args(make_args(make_item(0)), use="save")
-        assert handler_class is type(handler)
+    @promise("The args pick the handler; the registry makes it with no arguments.", "ckptkit.args.register_with_handler")
+    def test_is_made_by_the_registry(self, case: _Case) -> None:
+        handler_class = case.registry.handler_for_args(case.args(), use="save")
+        assert handler_class is type(case.handler)
         handler_class().close()
 
     # There and back
 
-    @promise("What was saved comes back, with the handler and without it, with args and without them.", _HANDLER)
-    def test_comes_back(
-        self,
-        handler: CheckpointHandler,
-        make_item: Callable[[int], Any],
-        make_args: Maker,
-        restore_args: CheckpointArgs | None,
-        location: Location,
-        registry: Registry,
-    ) -> None:
-        args = {} if restore_args is None else {"args": restore_args}
-        for seed, chosen in enumerate((handler, None)):
-            item, path = make_item(seed), f"{location.url}/{seed}"
-            checkpointer = ckptkit.Checkpointer(chosen, registry=registry)
-            checkpointer.save(path, args=make_args(item))
-            self.assert_same(checkpointer.restore(path, **args), make_item(seed))
-            self.assert_same(ckptkit.Checkpointer(registry=registry).restore(path, **args), make_item(seed))
+    @promise("What was saved comes back, by a checkpointer with the handler and by one without.", _HANDLER)
+    @pytest.mark.parametrize("given", [True, False], ids=["given", "found"])
+    def test_comes_back(self, case: _Case, *, given: bool) -> None:
+        handler = case.handler if given else None
+        checkpoint = case.saved(1, handler)
+        self.assert_same(checkpoint.restore(case.restore_args), case.make_item(1))
+        with ckptkit.Checkpointer(handler, registry=case.registry) as checkpointer:
+            args = {} if case.restore_args is None else {"args": case.restore_args}
+            self.assert_same(checkpointer.restore(checkpoint.location.url, **args), case.make_item(1))
 
     @promise("restore() and metadata() change nothing.", f"{_HANDLER}.restore")
-    def test_restore_changes_nothing(self, _saved: _Saved, registry: Registry) -> None:
-        before = by_hand.snapshot(_saved.location)
-        _saved.restore()
-        ckptkit.Checkpointer(registry=registry).metadata(_saved.location.url)
-        assert by_hand.snapshot(_saved.location) == before
+    def test_restore_changes_nothing(self, case: _Case) -> None:
+        checkpoint = case.saved()
+        before = by_hand.snapshot(checkpoint.location)
+        checkpoint.restore(case.restore_args)
+        ckptkit.Checkpointer(registry=case.registry).metadata(checkpoint.location.url)
+        assert by_hand.snapshot(checkpoint.location) == before
 
     @promise("save() writes into its directory, and nowhere else.", f"{_HANDLER}.save")
-    def test_save_stays_inside(
-        self, handler: CheckpointHandler, make_item: Callable[[int], Any], make_args: Maker, location: Location
-    ) -> None:
+    def test_save_stays_inside(self, case: _Case) -> None:
+        location = case.new_location()
         before = by_hand.beside(location)
-        handler.save(epath.Path(location.url), args=make_args(make_item(0)))
-        assert by_hand.beside(location) == before
+        case.handler.save(epath.Path(location.url), args=case.args())
+        assert by_hand.beside(location) == before, "something was written outside of the directory"
         assert by_hand.snapshot(location), "nothing was written"
 
     @promise("Everything is written when save() returns, or when the futures of async_save() are done.", f"{_HANDLER}.save")
-    def test_nothing_is_written_later(
-        self, handler: CheckpointHandler, make_item: Callable[[int], Any], make_args: Maker, location: Location
-    ) -> None:
-        handler.save(epath.Path(location.url), args=make_args(make_item(0)))
-        before = by_hand.snapshot(location)
-        time.sleep(0.1)
-        assert by_hand.snapshot(location) == before
+    def test_nothing_is_written_later(self, case: _Case) -> None:
+        location = case.new_location()
+        case.handler.save(epath.Path(location.url), args=case.args())
+        checkpoints.stays_as_it_is(location)
 
     @promise("It can be one item of a Composite among others.", "ckptkit.args.Composite")
-    def test_is_an_item_of_a_composite(
-        self, make_item: Callable[[int], Any], make_args: Maker, restore_args: CheckpointArgs | None, location: Location, registry: Registry
-    ) -> None:
-        path = f"{location.url}/composite"
-        with ckptkit.Checkpointer(registry=registry) as checkpointer:
-            checkpointer.save(path, Composite(one=make_args(make_item(1)), two=make_args(make_item(2))))
-            args = () if restore_args is None else (Composite(one=restore_args, two=restore_args),)
-            found = checkpointer.restore(path, *args)
-        self.assert_same(found.one, make_item(1))
-        self.assert_same(found.two, make_item(2))
+    def test_is_an_item_of_a_composite(self, case: _Case) -> None:
+        path = f"{case.new_location().url}/composite"
+        with ckptkit.Checkpointer(registry=case.registry) as checkpointer:
+            checkpointer.save(path, Composite(one=case.args(1), two=case.args(2)))
+            found = checkpointer.restore(path, Composite(one=case.restore_args, two=case.restore_args))
+        self.assert_same(found.one, case.make_item(1))
+        self.assert_same(found.two, case.make_item(2))
 
-    @promise("After async_save() has returned, the caller may change what it saved.", "ckptkit.handlers.AsyncCheckpointHandler.async_save")
-    def test_the_item_may_change_after_async_save(
-        self,
-        handler: CheckpointHandler,
-        make_item: Callable[[int], Any],
-        make_args: Maker,
-        restore_args: CheckpointArgs | None,
-        location: Location,
-        registry: Registry,
-    ) -> None:
-        item, path = make_item(0), f"{location.url}/checkpoint"
-        with ckptkit.AsyncCheckpointer(handler, registry=registry) as checkpointer:
-            checkpointer.save(path, args=make_args(item))
+    @promise("After async_save() has returned, the caller may change what it saved.", _ASYNC_SAVE)
+    def test_the_item_may_change_after_the_call(self, case: _Case) -> None:
+        item, path = case.make_item(0), f"{case.new_location().url}/checkpoint"
+        with ckptkit.AsyncCheckpointer(case.handler, registry=case.registry) as checkpointer:
+            checkpointer.save(path, args=case.make_args(item))
             self.spoil(item)
-        found = ckptkit.Checkpointer(registry=registry).restore(path, *(() if restore_args is None else (restore_args,)))
-        self.assert_same(found, make_item(0))
+        restored = checkpoints.Checkpoint(case.registry.location(path), case.registry).restore(case.restore_args)
+        self.assert_same(restored, case.make_item(0))
 
-    @promise("async_save() returns futures or None; one that was given up writes nothing more.", "ckptkit.handlers.AsyncCheckpointHandler.async_save")
-    def test_a_cancelled_save(
-        self, handler: CheckpointHandler, make_item: Callable[[int], Any], make_args: Maker, location: Location
-    ) -> None:
-        if not isinstance(handler, AsyncCheckpointHandler):
+    @promise("async_save() returns futures or None; one that was given up writes nothing more.", _ASYNC_SAVE)
+    def test_a_cancelled_save(self, case: _Case) -> None:
+        if not isinstance(case.handler, AsyncCheckpointHandler):
             pytest.skip("the save of this handler runs wholly inside the call")
-        futures = asyncio.run(handler.async_save(epath.Path(location.url), args=make_args(make_item(0)))) or []
+        location = case.new_location()
+        futures = asyncio.run(case.handler.async_save(epath.Path(location.url), args=case.args())) or []
         assert all(isinstance(future, Future) for future in futures), futures
         checkpoints.give_up(futures)
-        before = by_hand.snapshot(location)
-        time.sleep(0.1)
-        assert by_hand.snapshot(location) == before
+        checkpoints.stays_as_it_is(location)
 
-    @promise("Two saves at once do not meet.", _HANDLER)
-    def test_concurrent_saves(
-        self,
-        make_item: Callable[[int], Any],
-        make_args: Maker,
-        restore_args: CheckpointArgs | None,
-        new_location: Callable[[], Location],
-        registry: Registry,
-    ) -> None:
-        places = [new_location() for _ in range(4)]
-
-        def there_and_back(number: int) -> Any:
-            path = f"{places[number].url}/checkpoint"
-            with ckptkit.Checkpointer(registry=registry) as checkpointer:
-                checkpointer.save(path, make_args(make_item(number)))
-                return checkpointer.restore(path, *(() if restore_args is None else (restore_args,)))
-
-        for number, found in enumerate(checkpoints.together(there_and_back, len(places))):
-            self.assert_same(found, make_item(number))
+    @promise("Saves and restores at once do not meet.", _HANDLER)
+    def test_concurrent_saves(self, case: _Case) -> None:
+        found = checkpoints.together(lambda seed: case.saved(seed).restore(case.restore_args), 4)
+        for seed, item in enumerate(found):
+            self.assert_same(item, case.make_item(seed))
 
     # What goes wrong
 
-    @promise("A save that fails raises and leaves no checkpoint.", f"{_HANDLER}.save")
-    def test_a_failed_save_leaves_nothing(
-        self, handler: CheckpointHandler, make_item: Callable[[int], Any], make_args: Maker, location: Location, registry: Registry
-    ) -> None:
-        with checkpoints.small_files(location, 0), pytest.raises((errors.CheckpointError, OSError)):
-            ckptkit.Checkpointer(handler, registry=registry).save(f"{location.url}/checkpoint", args=make_args(make_item(0)))
+    @promise("A save that fails raises, and leaves no checkpoint.", f"{_HANDLER}.save")
+    def test_a_failed_save_leaves_nothing(self, case: _Case) -> None:
+        location = case.new_location()
+        with (
+            ckptkit.Checkpointer(case.handler, registry=case.registry) as checkpointer,
+            checkpoints.small_files(location, 0),
+            pytest.raises((errors.CheckpointError, OSError)),
+        ):
+            checkpointer.save(f"{location.url}/checkpoint", args=case.args())
         assert by_hand.snapshot(location) == {}
 
-    @promise("A file that is missing or empty is an error, never another value.", f"{_HANDLER}.restore")
-    def test_lost_files_are_noticed(self, _saved: _Saved) -> None:
-        _saved.survives_damage(self.assert_same, checkpoints.losses)
+    @promise("A file that lost its bytes is an error, never another value.", f"{_HANDLER}.restore")
+    def test_lost_bytes_are_noticed(self, case: _Case) -> None:
+        checkpoint, item = case.saved(), case.make_item(0)
+        checkpoint.survives(checkpoints.losses, lambda found: self.assert_same(found, item), case.restore_args, Exception)
 
     @promise("A wrong byte is an error, never a wrong value.", "docs/architecture.md, What is verified")
-    def test_damage_is_an_error(self, _saved: _Saved) -> None:
+    def test_damage_is_an_error(self, case: _Case) -> None:
         if not self.checksummed:
             pytest.skip("this handler leaves its bytes to the disk: set `checksummed = True` where it does not")
-        _saved.survives_damage(self.assert_same, checkpoints.damages)
+        checkpoint, item = case.saved(), case.make_item(0)
+        checkpoint.survives(checkpoints.damages, lambda found: self.assert_same(found, item), case.restore_args)
 
     @promise("A fresh process restores what was saved: the handler is found by entry point.", "docs/extending.md, A package")
-    def test_a_fresh_process_restores(self, _saved: _Saved, restore_args: CheckpointArgs | None, tmp_path: Path) -> None:
+    def test_a_fresh_process_restores(self, case: _Case, tmp_path: Path) -> None:
+        args = () if case.restore_args is None else (case.restore_args,)
         given, found = tmp_path / "args.pickle", tmp_path / "found.pickle"
-        given.write_bytes(pickle.dumps(() if restore_args is None else (restore_args,)))
+        given.write_bytes(pickle.dumps(args))
         code = (
             "import pickle, sys, ckptkit\n"
             "path, given, found = sys.argv[1:]\n"
             "restored = ckptkit.Checkpointer().restore(path, *pickle.load(open(given, 'rb')))\n"
             "pickle.dump(restored, open(found, 'wb'))\n"
         )
-        checkpoints.fresh_process(code, _saved.location.url, str(given), str(found))
-        expected = pickle.loads(pickle.dumps(_saved.item))  # noqa: S301 - our own: pickle forgets where an array lived
-        self.assert_same(pickle.loads(found.read_bytes()), expected)  # noqa: S301 - what our own process wrote
-
-    @pytest.fixture
-    def _saved(
-        self, make_item: Callable[[int], Any], make_args: Maker, restore_args: CheckpointArgs | None, location: Location, registry: Registry
-    ) -> _Saved:
-        place = registry.location(f"{location.url}/checkpoint")
-        ckptkit.Checkpointer(registry=registry).save(place.url, make_args(make_item(0)))
-        return _Saved(place, registry, make_item(0), restore_args)
-
-
-class _Saved(checkpoints.Checkpoint):
-    pass
+        checkpoints.fresh_process(code, case.saved().location.url, str(given), str(found))
+        expected = pickle.loads(pickle.dumps(case.make_item(0)))  # noqa: S301 - our own; pickle forgets where an array lived
+        self.assert_same(pickle.loads(found.read_bytes()), expected)  # noqa: S301 - written by the process above

@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptkit.leaves import Leaf, LeafSpec, RestoreArgs, SaveArgs, TypeHandler
+from ckptkit.args import PyTreeRestore
+from ckptkit.leaves import Leaf, LeafSpec, Problem, SaveArgs, TypeHandler
 from ckptkit.options import RestoreDefaults
 from ckptkit.registry import Registry
-from ckptkit.storage import Index, Job, Location, chunk_count, chunk_indices
+from ckptkit.storage import Index, Job, Location, chunk_indices
+from ckptkit.testing import _backends as by_hand
 from ckptkit.testing import _checkpoints as checkpoints
 from ckptkit.testing import strategies
 from ckptkit.testing._promises import drawn, missing_fixture, promise
@@ -61,7 +63,7 @@ class TypeHandlerTests:
         return [(leaf, leaf)]
 
     @pytest.fixture
-    def _registry(self, registry: Registry, handler: TypeHandler[Any]) -> Registry:
+    def with_handler(self, registry: Registry, handler: TypeHandler[Any]) -> Registry:
         """A registry with what comes with ckptkit and the handler under test."""
         if self.leaf_types is None:
             pytest.fail(f"{type(self).__name__} must set leaf_types, as Registry.add_type_handler takes them")
@@ -72,12 +74,14 @@ class TypeHandlerTests:
 
     @promise("The handler takes its leaf types, and is found by its type string.", "ckptkit.Registry.add_type_handler")
     def test_is_registered_for_its_leaves(
-        self, handler: TypeHandler[Any], make_leaf: Callable[[int], Any], _registry: Registry
+        self, handler: TypeHandler[Any], make_leaf: Callable[[int], Any], with_handler: Registry
     ) -> None:
-        assert _registry.type_handler_for(type(make_leaf(0))) is handler
-        assert _registry.type_handler_named(handler.typestr) is handler
+        assert with_handler.type_handler_for(type(make_leaf(0))) is handler
+        assert with_handler.type_handler_named(handler.typestr) is handler
 
-    @promise("describe() gives a LeafSpec for each leaf: its array has the leaf's name, the rest is JSON.", f"{_HANDLER}.describe")
+    @promise(
+        "describe() gives a LeafSpec for each leaf: its array has the leaf's name, the rest is JSON.", f"{_HANDLER}.describe"
+    )
     def test_describes_each_leaf(self, handler: TypeHandler[Any], make_leaf: Callable[[int], Any]) -> None:
         leaves = _leaves(make_leaf, 20)
         specs = handler.describe(leaves)
@@ -147,40 +151,35 @@ class TypeHandlerTests:
         self,
         make_leaf: Callable[[int], Any],
         new_location: Callable[[], Location],
-        _registry: Registry,
+        with_handler: Registry,
         data: st.DataObject,
     ) -> None:
         tree = data.draw(strategies.trees(st.integers(0, 999).map(make_leaf)))
-        with checkpoints.saved(tree, _registry, new_location()) as checkpoint:
-            self.assert_same(checkpoint.restore(tree), tree)
+        self.assert_same(checkpoints.saved(tree, with_handler, new_location()).restore(tree), tree)
         flat = {str(seed): make_leaf(seed) for seed in data.draw(st.sets(st.integers(0, 999), min_size=1, max_size=3))}
-        with checkpoints.saved(flat, _registry, new_location()) as checkpoint:
-            self.assert_same(checkpoint.restore(), flat)
+        self.assert_same(checkpoints.saved(flat, with_handler, new_location()).restore(), flat)
 
     @promise("A leaf comes back as what its target asks for.", f"{_HANDLER}.request")
     def test_targets_are_honoured(
-        self, make_leaf: Callable[[int], Any], new_location: Callable[[], Location], _registry: Registry
+        self, make_leaf: Callable[[int], Any], new_location: Callable[[], Location], with_handler: Registry
     ) -> None:
         for seed in range(5):
             leaf = make_leaf(seed)
-            with checkpoints.saved({"leaf": leaf}, _registry, new_location()) as checkpoint:
-                for target, expected in self.targets(leaf):
-                    self.assert_same(checkpoint.restore({"leaf": target}), {"leaf": expected})
+            checkpoint = checkpoints.saved({"leaf": leaf}, with_handler, new_location())
+            for target, expected in self.targets(leaf):
+                self.assert_same(checkpoint.restore({"leaf": target}), {"leaf": expected})
 
     @promise("A leaf may be cut into small chunks: what SaveArgs ask for loses nothing.", f"{_HANDLER}.describe")
-    def test_small_chunks_come_back(
-        self, make_leaf: Callable[[int], Any], location: Location, _registry: Registry
-    ) -> None:
+    def test_small_chunks_come_back(self, make_leaf: Callable[[int], Any], location: Location, with_handler: Registry) -> None:
         tree = {str(seed): make_leaf(seed) for seed in range(10)}
         small = dict.fromkeys(tree, SaveArgs(chunk_byte_size=16))
-        with checkpoints.saved(tree, _registry, location, save_args=small) as checkpoint:
-            self.assert_same(checkpoint.restore(), tree)
+        self.assert_same(checkpoints.saved(tree, with_handler, location, save_args=small).restore(), tree)
 
     @promise("Some leaves of a tree can be restored without the others.", f"{_HANDLER}.needs")
-    def test_partial_restore(self, make_leaf: Callable[[int], Any], location: Location, _registry: Registry) -> None:
+    def test_partial_restore(self, make_leaf: Callable[[int], Any], location: Location, with_handler: Registry) -> None:
         tree = {str(seed): make_leaf(seed) for seed in range(4)}
-        with checkpoints.saved(tree, _registry, location) as checkpoint:
-            found = checkpoint.restore({**dict.fromkeys(tree, ...), "2": tree["2"]})
+        target = PyTreeRestore({**dict.fromkeys(tree, ...), "2": tree["2"]})
+        found = checkpoints.saved(tree, with_handler, location).restore(target)
         self.assert_same(found["2"], tree["2"])
 
     @promise("What was staged is safe from what the caller does to the leaf.", f"{_HANDLER}.stage")
@@ -194,42 +193,38 @@ class TypeHandlerTests:
         self.assert_same(_assembled(handler, specs, pieces, staged), [twin.value for twin in twins])
 
     @promise("A wrong byte is an error, never a wrong value.", "docs/architecture.md, What is verified")
-    def test_damage_is_an_error(self, make_leaf: Callable[[int], Any], location: Location, _registry: Registry) -> None:
+    def test_damage_is_an_error(self, make_leaf: Callable[[int], Any], location: Location, with_handler: Registry) -> None:
         tree = {str(seed): make_leaf(seed) for seed in range(3)}
-        with checkpoints.saved(tree, _registry, location) as checkpoint:
-            checkpoint.survives_damage(tree, self.assert_same)
+        checkpoint = checkpoints.saved(tree, with_handler, location)
+        checkpoint.survives(checkpoints.damages, lambda found: self.assert_same(found, tree))
 
     @promise("A save that was given up leaves nothing running, and the next one is whole.", _HANDLER)
     def test_a_cancelled_save(
-        self, make_leaf: Callable[[int], Any], new_location: Callable[[], Location], _registry: Registry
+        self, make_leaf: Callable[[int], Any], new_location: Callable[[], Location], with_handler: Registry
     ) -> None:
         tree = {str(seed): make_leaf(seed) for seed in range(50)}
-        checkpoints.cancelled(tree, _registry, new_location())
-        with checkpoints.saved(tree, _registry, new_location()) as checkpoint:
-            self.assert_same(checkpoint.restore(), tree)
+        checkpoints.cancelled(tree, with_handler, new_location())
+        self.assert_same(checkpoints.saved(tree, with_handler, new_location()).restore(), tree)
 
     @promise("One handler serves many saves and restores at once.", _HANDLER)
     def test_concurrent_saves(
-        self, make_leaf: Callable[[int], Any], new_location: Callable[[], Location], _registry: Registry
+        self, make_leaf: Callable[[int], Any], new_location: Callable[[], Location], with_handler: Registry
     ) -> None:
         trees = [{str(seed): make_leaf(seed + 10 * number) for seed in range(10)} for number in range(4)]
         places = [new_location() for _ in trees]
 
         def there_and_back(number: int) -> Any:
-            with checkpoints.saved(trees[number], _registry, places[number]) as checkpoint:
-                return checkpoint.restore()
+            return checkpoints.saved(trees[number], with_handler, places[number]).restore()
 
         for found, tree in zip(checkpoints.together(there_and_back, len(trees)), trees, strict=True):
             self.assert_same(found, tree)
 
     @promise("A fresh process restores what was saved: the handler is found by entry point.", "docs/extending.md, A package")
-    def test_a_fresh_process_restores(
-        self, make_leaf: Callable[[int], Any], location: Location, _registry: Registry
-    ) -> None:
+    def test_a_fresh_process_restores(self, make_leaf: Callable[[int], Any], location: Location, with_handler: Registry) -> None:
         tree = {str(seed): make_leaf(seed) for seed in range(5)}
-        with checkpoints.saved(tree, _registry, location) as checkpoint:
-            checkpoint.copied_by_fresh_process()
-            self.assert_same(checkpoint.sibling("copy").restore(), tree)
+        checkpoint = checkpoints.saved(tree, with_handler, location)
+        checkpoint.copied_by_fresh_process()
+        self.assert_same(checkpoint.sibling("copy").restore(), tree)
 
     @promise("Ten times the leaves take about ten times as long.", "docs/architecture.md, Contracts")
     def test_many_leaves_in_proportion(self, handler: TypeHandler[Any], make_leaf: Callable[[int], Any]) -> None:
@@ -271,12 +266,11 @@ def _assembled(
     for (_, spec, cell), data in zip(pieces, staged, strict=True):
         assert spec.array is not None
         stored[spec.array.name][tuple(slice(*bounds) for bounds in cell)] = data
-    requests: list[RestoreArgs] = [handler.request(None, spec, _DEFAULTS) for spec in specs]
-    parts = []
+    requests = [handler.request(None, spec, _DEFAULTS) for spec in specs]
+    parts: list[dict[Index, Any]] = []
     for spec, needs in zip(specs, handler.needs(specs, requests, Job()), strict=True):
-        assert isinstance(needs, Sequence), f"{spec} cannot be restored: {needs}"
-        values = None if spec.array is None else stored[spec.array.name]
-        parts.append({need: np.array(values[tuple(slice(*b) for b in need)], order="C") for need in needs if values is not None})
+        assert not isinstance(needs, Problem), f"{spec} cannot be restored: {needs}"
+        parts.append({need: by_hand.cell(stored[spec.array.name], need) for need in needs} if spec.array else {})
     return list(handler.assemble(specs, requests, parts))
 
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -16,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import ckptkit
 from ckptkit import errors
+from ckptkit.args import PyTreeRestore
 from ckptkit.options import StorageOptions
 from ckptkit.registry import Registry
-from ckptkit.storage import ArraySpec, Job, Location, StorageBackend, chunk_indices
+from ckptkit.storage import Job, Location, StorageBackend, chunk_indices
 from ckptkit.testing import _backends as by_hand
 from ckptkit.testing import _checkpoints as checkpoints
 from ckptkit.testing import strategies
@@ -29,7 +26,6 @@ from ckptkit.testing.comparison import abstract, assert_same
 
 __all__ = ["StorageBackendTests"]
 
-_DOCUMENTED = "ckptkit.storage"
 _EVERYONES_DTYPES = ("float32", "int32", "uint8")
 
 HOSTILE_NAMES = (
@@ -62,12 +58,16 @@ class StorageBackendTests:
 
     # What can be stored
 
-    @promise("refuse() gives one answer for each array: None, or a reason that can be read; the plain dtypes are taken.", _DOCUMENTED)
+    @promise(
+        "refuse() gives one answer for each array: None, or a reason that can be read; the plain dtypes are taken.",
+        "ckptkit.storage.StorageBackend.refuse",
+    )
     def test_refuses_with_reasons_and_takes_plain_arrays(self, backend: StorageBackend) -> None:
         arrays = [by_hand.array(f"a{i}", (2, 3), dtype).spec for i, dtype in enumerate(strategies.NUMPY_DTYPES)]
         answers = backend.refuse(arrays)
         assert len(answers) == len(arrays)
-        assert all(answer is None or (isinstance(answer, str) and answer.strip()) for answer in answers), answers
+        reasons: list[Any] = [answer for answer in answers if answer is not None]
+        assert all(isinstance(reason, str) and reason.strip() for reason in reasons), reasons
         plain = [answer for spec, answer in zip(arrays, answers, strict=True) if spec.dtype.name in _EVERYONES_DTYPES]
         assert plain == [None] * len(_EVERYONES_DTYPES), f"refused one of {_EVERYONES_DTYPES}: {plain}"
 
@@ -96,12 +96,16 @@ class StorageBackendTests:
             assert set(reader.arrays()) == {stored.spec.name for stored in arrays}
         by_hand.read(backend, location, arrays)
 
-    @promise("A name is refused, or kept; nothing is ever written outside of the directory.", "ckptkit.storage.StorageBackend.refuse")
+    @promise(
+        "A name is refused, or kept; nothing is ever written outside of the directory.", "ckptkit.storage.StorageBackend.refuse"
+    )
     @pytest.mark.parametrize("name", HOSTILE_NAMES, ids=lambda name: ascii(name[:20]))
     def test_names_are_kept_or_refused(self, backend: StorageBackend, location: Location, name: str) -> None:
         _kept_or_refused(backend, location, [name])
 
-    @promise("Names that a backend cannot tell apart are refused, others are kept apart.", "ckptkit.storage.StorageBackend.refuse")
+    @promise(
+        "Names that a backend cannot tell apart are refused, others are kept apart.", "ckptkit.storage.StorageBackend.refuse"
+    )
     @pytest.mark.parametrize("names", FAMILIES, ids=ascii)
     def test_names_do_not_run_into_each_other(self, backend: StorageBackend, location: Location, names: tuple[str, ...]) -> None:
         _kept_or_refused(backend, location, names)
@@ -124,7 +128,9 @@ class StorageBackendTests:
         writer.commit()
         by_hand.read(backend, location, arrays)
 
-    @promise("When write's future is done, which it is before commit, the data is no longer looked at.", "ckptkit.storage.Writer.write")
+    @promise(
+        "When write's future is done, which it is before commit, the data is no longer looked at.", "ckptkit.storage.Writer.write"
+    )
     @pytest.mark.parametrize("side", [4, 1024], ids=["small", "large"])
     def test_data_is_free_when_the_future_is_done(self, backend: StorageBackend, location: Location, side: int) -> None:
         stored = by_hand.array("a", (side, side), chunk_shape=(side // 2, side))
@@ -136,7 +142,10 @@ class StorageBackendTests:
         writer.commit()
         by_hand.read(backend, location, [stored])
 
-    @promise("Data is only read: what the caller hands over may be write-protected, and stays as it is.", "ckptkit.storage.Writer.write")
+    @promise(
+        "Data is only read: what the caller hands over may be write-protected, and stays as it is.",
+        "ckptkit.storage.Writer.write",
+    )
     def test_data_is_only_read(self, backend: StorageBackend, location: Location) -> None:
         stored = by_hand.array("a", (8, 8), chunk_shape=(4, 8))
         writer = backend.writer(location, [stored.spec], StorageOptions(), Job())
@@ -153,10 +162,7 @@ class StorageBackendTests:
         writer = backend.writer(location, [stored.spec], StorageOptions(), Job())
         writer.write(list(by_hand.chunks(stored))[:32])
         writer.abort()
-        before = by_hand.snapshot(location)
-        time.sleep(0.1)
-        assert by_hand.snapshot(location).keys() == before.keys(), "files appeared after abort"
-        assert by_hand.snapshot(location) == before, "files changed after abort"
+        checkpoints.stays_as_it_is(location)
         other = by_hand.array("b", (3,), seed=1)
         _write_and_read(backend, new_location(), [other])
 
@@ -164,24 +170,21 @@ class StorageBackendTests:
     def test_concurrent_writers(self, backend: StorageBackend, new_location: Callable[[], Location]) -> None:
         work = [(new_location(), [by_hand.array("a", (16, 16), chunk_shape=(4, 16), seed=seed)]) for seed in range(4)]
         writers = [backend.writer(place, [stored.spec for stored in arrays], StorageOptions(), Job()) for place, arrays in work]
-        together = threading.Barrier(len(work))
 
         def save(number: int) -> None:
-            together.wait(by_hand.TIMEOUT_SECS)
             for stored in work[number][1]:
                 for chunk in by_hand.chunks(stored):
                     writers[number].write([chunk])
             writers[number].commit()
 
-        with ThreadPoolExecutor(len(work)) as threads:
-            list(threads.map(save, range(len(work))))
+        checkpoints.together(save, len(work))
         for place, arrays in work:
             by_hand.read(backend, place, arrays)
 
     @promise("A write that fails is a CheckpointError, at the latest from commit.", "ckptkit.storage.Writer")
     def test_a_failed_write_is_an_error(self, backend: StorageBackend, location: Location) -> None:
         stored = by_hand.array("a", (512, 1024), chunk_shape=(256, 1024))
-        with _small_files(location):
+        with checkpoints.small_files(location, 1 << 18):
             try:
                 by_hand.write(backend, location, [stored])
             except errors.CheckpointError:
@@ -190,7 +193,10 @@ class StorageBackendTests:
 
     # Reading
 
-    @promise("Any chunks can be read, in any order, into any C-contiguous memory, and nothing else is touched.", "ckptkit.storage.Reader.read")
+    @promise(
+        "Any chunks can be read, in any order, into any C-contiguous memory, and nothing else is touched.",
+        "ckptkit.storage.Reader.read",
+    )
     def test_reads_parts(self, backend: StorageBackend, location: Location) -> None:
         stored = by_hand.array("a", (6, 4), np.int32, chunk_shape=(2, 4))
         by_hand.write(backend, location, [stored, by_hand.array("b", (3,))])
@@ -206,16 +212,16 @@ class StorageBackendTests:
     def test_concurrent_reads(self, backend: StorageBackend, location: Location) -> None:
         arrays = [by_hand.array(f"a{i}", (32, 8), chunk_shape=(4, 8), seed=i) for i in range(8)]
         by_hand.write(backend, location, arrays)
-        with contextlib.closing(backend.reader(location)) as reader, ThreadPoolExecutor(8) as threads:
+        with contextlib.closing(backend.reader(location)) as reader:
 
-            def values_of(stored: by_hand.Stored) -> Any:
-                found = np.empty_like(stored.values)
-                wanted = [(stored.spec.name, i, found[slice(*i[0])]) for i in chunk_indices(stored.spec)]
-                reader.read(wanted).result(by_hand.TIMEOUT_SECS)
+            def values_of(number: int) -> Any:
+                spec, values = arrays[number]
+                found = np.empty_like(values)
+                reader.read([(spec.name, i, found[slice(*i[0])]) for i in chunk_indices(spec)]).result(by_hand.TIMEOUT_SECS)
                 return found
 
-            for found, stored in zip(threads.map(values_of, arrays), arrays, strict=True):
-                assert found.tobytes() == stored.values.tobytes(), f"array {stored.spec.name!r} came back with other bytes"
+            for found, (spec, values) in zip(checkpoints.together(values_of, len(arrays)), arrays, strict=True):
+                assert found.tobytes() == values.tobytes(), f"array {spec.name!r} came back with other bytes"
 
     @promise("An unknown array is a NotFoundError from the future.", "ckptkit.storage.Reader.read")
     def test_an_unknown_array_is_not_found(self, backend: StorageBackend, location: Location) -> None:
@@ -248,14 +254,15 @@ class StorageBackendTests:
     @promise("Trees come back under any sharding.", "docs/extending.md, A storage backend")
     @given(data=st.data())
     @drawn
-    def test_trees_come_back(self, backend: StorageBackend, new_location: Callable[[], Location], registry: Registry, data: st.DataObject) -> None:
+    def test_trees_come_back(
+        self, backend: StorageBackend, new_location: Callable[[], Location], registry: Registry, data: st.DataObject
+    ) -> None:
         dtypes = [d for d in strategies.JAX_DTYPES if backend.refuse([by_hand.array("a", (1,), d).spec]) == [None]]
         tree = data.draw(strategies.trees(st.one_of(strategies.jax_arrays(dtypes), strategies.numpy_arrays(dtypes))))
-        with checkpoints.saved(tree, registry, new_location(), backend) as checkpoint:
-            assert_same(checkpoint.restore(abstract(tree)), tree)
-            target = jax.tree.map(lambda leaf: _moved(leaf, data), abstract(tree))
-            expected = jax.tree.map(_like, tree, target)
-            assert_same(checkpoint.restore(target), expected)
+        checkpoint = checkpoints.saved(tree, registry, new_location(), backend)
+        assert_same(checkpoint.restore(abstract(tree)), tree)
+        target = jax.tree.map(lambda leaf: _moved(leaf, data), abstract(tree))
+        assert_same(checkpoint.restore(target), jax.tree.map(_like, tree, target))
 
     @promise("Arrays that cannot be stored are refused before anything is written.", "ckptkit.storage.StorageBackend.refuse")
     def test_refusals_come_before_any_io(self, backend: StorageBackend, location: Location, registry: Registry) -> None:
@@ -265,18 +272,15 @@ class StorageBackendTests:
 
         unwilling = object.__new__(Unwilling)
         unwilling.__dict__.update(getattr(backend, "__dict__", {}))
-        with (
-            pytest.raises(errors.TreeError, match="it is Monday"),
-            checkpoints.saved({"yes": np.ones(3), "no": np.ones(3)}, registry, location, unwilling),
-        ):
-            pass
+        with pytest.raises(errors.TreeError, match="it is Monday"):
+            checkpoints.saved({"yes": np.ones(3), "no": np.ones(3)}, registry, location, unwilling)
         assert by_hand.snapshot(location) == {}
 
     @promise("A part of a tree can be restored, and only its bytes are read.", "ckptkit.storage.Reader.read")
     def test_partial_restore(self, backend: StorageBackend, location: Location, registry: Registry) -> None:
         tree = {name: by_hand.array(name, (64, 64), seed=i).values for i, name in enumerate("abcd")}
-        with checkpoints.saved(tree, registry, location, backend) as checkpoint:
-            found, report = checkpoint.restore_reported({**dict.fromkeys("acd", ...), "b": tree["b"]})
+        checkpoint = checkpoints.saved(tree, registry, location, backend)
+        found, report = checkpoint.restore_reported(PyTreeRestore({**dict.fromkeys("acd", ...), "b": tree["b"]}))
         assert_same(found["b"], tree["b"])
         assert report.byte_count == tree["b"].nbytes
         assert report.verified
@@ -284,22 +288,20 @@ class StorageBackendTests:
     @promise("A wrong byte is an error, never a wrong value.", "docs/architecture.md, What is verified")
     def test_damage_is_an_error(self, backend: StorageBackend, location: Location, registry: Registry) -> None:
         tree = {"w": by_hand.array("w", (32, 16), seed=1).values, "b": by_hand.array("b", (5,), np.int32, seed=2).values}
-        with checkpoints.saved(tree, registry, location, backend) as checkpoint:
-            checkpoint.survives_damage(tree, assert_same)
+        checkpoint = checkpoints.saved(tree, registry, location, backend)
+        checkpoint.survives(checkpoints.damages, lambda found: assert_same(found, tree))
 
     @promise("A save that was given up leaves nothing running, and the next one is whole.", "ckptkit.storage.Writer.abort")
     def test_a_cancelled_save(self, backend: StorageBackend, new_location: Callable[[], Location], registry: Registry) -> None:
         tree = {str(i): by_hand.array("a", (256, 256), seed=i).values for i in range(16)}
         checkpoints.cancelled(tree, registry, new_location(), backend)
-        with checkpoints.saved(tree, registry, new_location(), backend) as checkpoint:
-            assert_same(checkpoint.restore(), tree)
+        assert_same(checkpoints.saved(tree, registry, new_location(), backend).restore(), tree)
 
     @promise("A save that fails leaves no checkpoint.", "docs/saving.md")
     def test_a_failed_save_leaves_nothing(self, backend: StorageBackend, location: Location, registry: Registry) -> None:
         tree = {"a": by_hand.array("a", (512, 1024)).values}
-        with _small_files(location), contextlib.suppress(errors.CheckpointError):
-            with checkpoints.saved(tree, registry, location, backend) as checkpoint:
-                assert_same(checkpoint.restore(), tree)
+        with checkpoints.small_files(location, 1 << 18), contextlib.suppress(errors.CheckpointError):
+            assert_same(checkpoints.saved(tree, registry, location, backend).restore(), tree)
             return
         assert by_hand.snapshot(location) == {}, "files of the failed save are still there"
 
@@ -308,9 +310,9 @@ class StorageBackendTests:
         if not self.fresh_process:
             pytest.skip("what is stored in this place ends with the process")
         tree = {"w": np.arange(12, dtype=np.float32).reshape(3, 4), "n": np.arange(5, dtype=np.int32)}
-        with checkpoints.saved(tree, registry, location, backend) as checkpoint:
-            checkpoint.copied_by_fresh_process(backend.name)
-            assert_same(checkpoint.sibling("copy").restore(), tree)
+        checkpoint = checkpoints.saved(tree, registry, location, backend)
+        checkpoint.copied_by_fresh_process(backend.name)
+        assert_same(checkpoint.sibling("copy").restore(), tree)
 
     @promise("Ten times the arrays take about ten times as long.", "docs/architecture.md, Contracts")
     def test_many_arrays_in_proportion(self, backend: StorageBackend, new_location: Callable[[], Location]) -> None:
@@ -335,32 +337,16 @@ def _moved(leaf: Any, data: st.DataObject) -> Any:
     """A target for the leaf in another place."""
     if not isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=data.draw(strategies.shardings(leaf.shape)))
+    struct: Any = jax.ShapeDtypeStruct  # jax gives it no types
+    return struct(leaf.shape, leaf.dtype, sharding=data.draw(strategies.shardings(leaf.shape)))
 
 
 def _like(leaf: Any, target: Any) -> Any:
     return jax.device_put(leaf, target.sharding) if isinstance(leaf, jax.Array) else leaf
 
 
-@contextlib.contextmanager
-def _small_files(location: Location) -> Iterator[None]:
-    """No file of this process can grow beyond 256 KiB, as on a disk that is full."""
-    if location.local_path is None or sys.platform == "win32":
-        pytest.skip("only files can be kept from growing")
-    import resource  # noqa: PLC0415 - Windows has none
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def _open_files() -> int:
     """File descriptors of this process, counted where the system tells."""
-    import os  # noqa: PLC0415
-
     try:
         return len(os.listdir("/proc/self/fd"))
     except OSError:

@@ -65,11 +65,11 @@ def shardings(draw: st.DrawFn, shape: tuple[int, ...]) -> jax.sharding.Sharding:
     """A sharding over this process's eight devices that divides the shape."""
     if draw(st.booleans()):
         return jax.sharding.SingleDeviceSharding(draw(st.sampled_from(jax.devices())))
-    axes: list[Any] = [None] * len(shape)
+    axes: list[str | None] = [None] * len(shape)
     for name, size in (("data", 4), ("model", 2)):
         fits = [i for i, n in enumerate(shape) if axes[i] is None and n % size == 0]
         if fits and draw(st.booleans()):
-            axes[draw(st.sampled_from(fits))] = name
+            axes[int(draw(st.sampled_from(fits)))] = name
     spec: Any = jax.sharding.PartitionSpec
     return jax.sharding.NamedSharding(mesh(), spec(*axes))
 
@@ -79,7 +79,8 @@ def jax_arrays(draw: st.DrawFn, dtypes: Any = tuple(JAX_DTYPES)) -> jax.Array:
     """Arrays on one device or on several."""
     shape = draw(shapes())
     array = jnp.asarray(values(shape, draw(st.sampled_from(dtypes)), draw(st.integers(0, 99))))
-    return jax.device_put(array, draw(shardings(shape)))
+    placed: jax.Array = jax.device_put(array, draw(shardings(shape)))
+    return placed
 
 
 @st.composite
@@ -111,7 +112,9 @@ def leaves() -> st.SearchStrategy[Any]:
 
 def names() -> st.SearchStrategy[str]:
     """Keys of dicts, those among them that look like paths or escapes."""
-    return st.one_of(st.sampled_from(["w", "b", "layer 0", "a/b", "50%", "größe", "日本"]), st.text("xyz", min_size=1, max_size=2))
+    return st.one_of(
+        st.sampled_from(["w", "b", "layer 0", "a/b", "50%", "größe", "日本"]), st.text("xyz", min_size=1, max_size=2)
+    )
 
 
 def trees(of: st.SearchStrategy[Any] | None = None) -> st.SearchStrategy[dict[str, Any]]:
