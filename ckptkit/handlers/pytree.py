@@ -235,7 +235,7 @@ class _Wanted:
         if target is not None and restore_args is not None:
             requests = tree.flatten_alike(structure, restore_args, "restore_args")
         entries = {self._stored.path(entry.keys): entry for entry in self._stored.document.entries}
-        paths = [self._stored.path(keys) for keys in structure.keys]
+        paths = [(name,) for name in structure.names] if self._stored.only_names else structure.paths
         absent = [(path, value) for path, value in zip(paths, values, strict=True) if path not in entries and value is not ...]
         missing = [str(path) for path, value in absent if not (self._stored.only_names and tree.is_empty_node(value))]
         unexpected = [] if partial else [str(path) for path in entries.keys() - set(paths)]

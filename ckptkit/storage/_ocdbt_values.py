@@ -18,12 +18,11 @@ import tensorstore as ts
 
 from ckptkit import errors
 from ckptkit.location import Location, mapped_os_errors
+from ckptkit.storage._ocdbt_nodes import MANIFEST
 from ckptkit.storage._tensorstore import mapped_tensorstore_errors
 from ckptkit.storage._values import Bytes, Extent, Value, Values, cut_off, read_files
 
-__all__ = ["MANIFEST", "OcdbtValues"]
-
-MANIFEST = "manifest.ocdbt"
+__all__ = ["OcdbtValues"]
 
 
 class OcdbtValues(Values):

@@ -74,11 +74,11 @@ class Values(abc.ABC):
         """
 
     def read(self, values: Sequence[Value], limit: int = sys.maxsize) -> list[bytes]:
-        """Of each value the first `limit` bytes; raises what `read_into` raises."""
-        extents = [(v, np.empty(min(limit, v.nbytes), np.uint8)) for v in values if isinstance(v, Extent)]
-        self.read_into(extents)
-        buffers = (buffer.tobytes() for _, buffer in extents)
-        return [next(buffers) if isinstance(value, Extent) else value[:limit] for value in values]
+        """Of each value the first `limit` bytes, those that lie at one place read once; raises what `read_into` raises."""
+        buffers = {v: np.empty(min(limit, v.nbytes), np.uint8) for v in values if isinstance(v, Extent)}
+        self.read_into(buffers.items())
+        found = {value: buffer.tobytes() for value, buffer in buffers.items()}
+        return [found[value] if isinstance(value, Extent) else value[:limit] for value in values]
 
 
 def read_files(directory: str, wanted: Iterable[tuple[Extent, Bytes]]) -> None:
