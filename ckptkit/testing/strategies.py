@@ -66,9 +66,10 @@ def shardings(draw: st.DrawFn, shape: tuple[int, ...]) -> jax.sharding.Sharding:
     if draw(st.booleans()):
         return jax.sharding.SingleDeviceSharding(draw(st.sampled_from(jax.devices())))
     axes: list[str | None] = [None] * len(shape)
+    wanted: st.SearchStrategy[Any] = st.booleans()
     for name, size in (("data", 4), ("model", 2)):
         fits = [i for i, n in enumerate(shape) if axes[i] is None and n % size == 0]
-        if fits and draw(st.booleans()):
+        if fits and draw(wanted):
             axes[int(draw(st.sampled_from(fits)))] = name
     spec: Any = jax.sharding.PartitionSpec
     return jax.sharding.NamedSharding(mesh(), spec(*axes))
