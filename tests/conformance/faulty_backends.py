@@ -263,12 +263,12 @@ class Unchecked(PlainReader):
 
 
 class Quadratic(PlainReader):
-    """Lists everything again for each chunk."""
+    """Works for each chunk as long as there are arrays."""
 
-    def fill(self, name, index, out):
-        for _ in range(4):
-            super().arrays()
-        super().fill(name, index, out)
+    def read(self, requests):
+        for _ in requests:
+            sum(range(100 * len(requests)))
+        return super().read(requests)
 
 
 class Zeros(PlainReader):

@@ -73,7 +73,9 @@ def halves(self, specs, requests, job):
 
 
 def stage_slowly(self, pieces):
-    return [next(p[0].values.copy() for p in pieces if p[1] is spec) for _, spec, _ in pieces]
+    for _ in pieces:
+        sum(range(100 * len(pieces)))
+    return BoxHandler.stage(self, pieces)
 
 
 class Wrong(BoxHandler):

@@ -72,7 +72,7 @@ def test_every_check_of_backends_has_its_fault():
 @pytest.mark.parametrize("check", BACKENDS)
 def test_the_fault_of_a_backend_is_caught(check, registry, new_location):
     class Suite(StorageBackendTests):
-        many = 1_500
+        many = 1_000
 
     assert_caught(getattr(Suite(), check), registry, new_location, backend=BACKENDS[check]())
 
@@ -105,7 +105,7 @@ class TestThePlainOneKeepsEveryPromise(StorageBackendTests):
 def test_the_fault_of_a_type_handler_is_caught(check, registry, new_location):
     class Suite(TypeHandlerTests):
         leaf_types = Fraction
-        many = 5_000
+        many = 1_000
 
         def spoil(self, leaf):
             leaf.values[...] = 0
