@@ -109,7 +109,8 @@ def identity(location: Location) -> object:
     the same again.
     """
     if isinstance(location, MarkerLocation):
-        return _marker.identity(location) or object()  # gone: equal to nothing
+        committed = _marker.identity(location)
+        return object() if committed is None else committed  # what is gone is equal to nothing
     try:
         status = os.stat(location.local_path or "")
     except OSError:

@@ -342,6 +342,16 @@ def test_a_commit_file_of_another_program_marks_the_files_beside_it(url):
     assert _content(url) == b"theirs"
 
 
+@pytest.mark.timeout(60)
+def test_an_empty_commit_file_added_by_hand_makes_a_copied_checkpoint_readable(url):
+    save(url, {"a": 1})
+    location_of(url).delete(COMMIT)
+    with pytest.raises(errors.IncompleteError, match="it may be empty"):
+        ckptkit.restore(url)
+    location_of(url).write_bytes(COMMIT, b"")
+    assert ckptkit.restore(url) == {"a": 1}
+
+
 @pytest.mark.parametrize("data", [b'{"data": "../x"}', b'{"data": "sub"}', b'{"data": 3}', b"[]", b"[" * 60000, b"\xff"])
 def test_a_commit_file_leads_nowhere_else(url, data):
     location_of(url).write_bytes(COMMIT, data)

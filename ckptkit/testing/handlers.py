@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import pytest
-from etils import epath
 
 import ckptkit
 from ckptkit import errors
@@ -145,14 +144,14 @@ class CheckpointHandlerTests:
     def test_save_stays_inside(self, case: _Case) -> None:
         location = case.new_location()
         before = by_hand.beside(location)
-        case.handler.save(epath.Path(location.url), args=case.args())
+        case.handler.save(location.path, args=case.args())
         assert by_hand.beside(location) == before, "something was written outside of the directory"
         assert by_hand.snapshot(location), "nothing was written"
 
     @promise("Everything is written when save() returns, or when the futures of async_save() are done.", f"{_HANDLER}.save")
     def test_nothing_is_written_later(self, case: _Case) -> None:
         location = case.new_location()
-        case.handler.save(epath.Path(location.url), args=case.args())
+        case.handler.save(location.path, args=case.args())
         checkpoints.stays_as_it_is(location)
 
     @promise("It can be one item of a Composite among others.", "ckptkit.args.Composite")
@@ -178,7 +177,7 @@ class CheckpointHandlerTests:
         if not isinstance(case.handler, AsyncCheckpointHandler):
             pytest.skip("the save of this handler runs wholly inside the call")
         location = case.new_location()
-        futures = asyncio.run(case.handler.async_save(epath.Path(location.url), args=case.args())) or []
+        futures = asyncio.run(case.handler.async_save(location.path, args=case.args())) or []
         assert all(isinstance(future, Future) for future in futures), futures
         checkpoints.give_up(futures)
         checkpoints.stays_as_it_is(location)
