@@ -106,8 +106,13 @@ def _finish_in_child_process() -> None:
 
 
 def _at_child_exit() -> None:
-    if not _all_finished_and_seen():
+    if _all_finished_and_seen():
+        return
+    if sys.version_info < (3, 13):
         raise SystemExit(1)
+    sys.stdout.flush()  # since 3.13 finalizers are called as an exit handler, whose SystemExit is ignored
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _all_finished_and_seen() -> bool:
