@@ -89,7 +89,7 @@ def exiting() -> bool:
 @atexit.register
 def _at_exit() -> None:
     global _status  # noqa: PLW0603 - deleted with this module, which is the point
-    if not _all_finished_and_seen():
+    if _finalized_pid != os.getpid() and not _all_finished_and_seen():
         _status = _ExitStatus()
 
 
@@ -108,11 +108,11 @@ def _finish_in_child_process() -> None:
 def _at_child_exit() -> None:
     if _all_finished_and_seen():
         return
-    if sys.version_info < (3, 13):
-        raise SystemExit(1)
-    sys.stdout.flush()  # since 3.13 finalizers are called as an exit handler, whose SystemExit is ignored
-    sys.stderr.flush()
-    os._exit(1)
+    if sys.version_info >= (3, 13):  # finalizers are called by an exit handler there, whose SystemExit is ignored
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+    raise SystemExit(1)
 
 
 def _all_finished_and_seen() -> bool:
