@@ -89,7 +89,7 @@ def exiting() -> bool:
 @atexit.register
 def _at_exit() -> None:
     global _status  # noqa: PLW0603 - deleted with this module, which is the point
-    if not _all_finished_and_seen():
+    if _finalized_pid != os.getpid() and not _all_finished_and_seen():
         _status = _ExitStatus()
 
 
@@ -106,8 +106,13 @@ def _finish_in_child_process() -> None:
 
 
 def _at_child_exit() -> None:
-    if not _all_finished_and_seen():
-        raise SystemExit(1)
+    if _all_finished_and_seen():
+        return
+    if sys.version_info >= (3, 13):  # finalizers are called by an exit handler there, whose SystemExit is ignored
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+    raise SystemExit(1)
 
 
 def _all_finished_and_seen() -> bool:

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from sandbox import Damage, files_of, read
-from trees import Pair
 
 import ckptkit
 from ckptkit import args
 from ckptkit.handlers import PyTreeCheckpointHandler
+from ckptkit.testing.strategies import Pair
 
 FORMATS: dict[str, dict[str, bool]] = {
     "ocdbt": {},

@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import pytest
-from trees import assert_same
 
 import ckptkit
 from ckptkit import errors
 from ckptkit.handlers import PyTreeCheckpointHandler  # noqa: F401 - what the children use is imported before they are forked
 from ckptkit.storage import ocdbt, zarr  # noqa: F401 - the same
+from ckptkit.testing import assert_same
 
 NEEDS_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="limits of address space hold on Linux, and /proc tells of it")
 

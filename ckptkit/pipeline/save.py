@@ -166,7 +166,8 @@ def _write(
     checksums = {array.name: Checksums(array) for array in plan.arrays}
     try:
         _check_wanted(result)  # an interrupted caller that saw no thread yet has not waited for this one
-        writer = plan.backend.writer(location, plan.arrays, plan.options, Job())
+        with paused_gc():
+            writer = plan.backend.writer(location, plan.arrays, plan.options, Job())
         try:
             while (staged := batches.get()) is not None and not result.cancel_requested.is_set():
                 _write_batch(writer, _chunks(staged), checksums, _Written(budget, staged.batch.held, tracker))
@@ -191,6 +192,7 @@ def _check_wanted(result: _SaveFuture) -> None:
         raise errors.CheckpointError("the save was given up.")
 
 
+@paused_gc()
 def _write_batch(writer: Writer, chunks: Sequence[Chunk], checksums: Mapping[str, Checksums], written: _Written) -> None:
     written.byte_count = sum([chunk.data.nbytes for chunk in chunks])
     writer.write(chunks).add_done_callback(written)

@@ -192,7 +192,9 @@ class CheckpointHandlerTests:
 
     @promise("A save that fails raises, and leaves no checkpoint.", f"{_HANDLER}.save")
     def test_a_failed_save_leaves_nothing(self, case: _Case) -> None:
-        location = case.new_location()
+        location, directory = case.new_location(), case.new_location()
+        with checkpoints.small_files(directory, 0), pytest.raises((errors.CheckpointError, OSError)):
+            case.handler.save(directory.path, args=case.args())
         with (
             ckptkit.Checkpointer(case.handler, registry=case.registry) as checkpointer,
             checkpoints.small_files(location, 0),
