@@ -19,6 +19,7 @@ import os
 import shutil
 import stat
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Final
@@ -36,7 +37,7 @@ TEMPORARY_SUFFIX = ".orbax-checkpoint-tmp"
 _ASIDE_SUFFIX = f".ckptkit-old{TEMPORARY_SUFFIX}"
 _SYNC_THREADS: Final = 8
 
-_held: set[_Lock] = set()
+_held: weakref.WeakSet[_Lock] = weakref.WeakSet()
 """The open locks of this process."""
 
 
@@ -249,8 +250,10 @@ class _Lock:
     Windows has no locks on directories, and some network file systems have none: there a second writer is not noticed.
     """
 
+    _descriptor: int | None = None
+
     def __init__(self, path: str) -> None:
-        self._descriptor: int | None = os.open(os.devnull if sys.platform == "win32" else path, os.O_RDONLY)
+        self._descriptor = os.open(os.devnull if sys.platform == "win32" else path, os.O_RDONLY)
         _held.add(self)
 
     def take(self) -> bool:
@@ -281,6 +284,9 @@ class _Lock:
         if descriptor is not None:
             os.close(descriptor)
 
+    def __del__(self) -> None:  # where Ctrl-C came before anybody owned it
+        self.close()
+
 
 def _locked_directory(temporary: str, path: str) -> _Lock:
     """The lock of the temporary directory, which is made where it is missing."""
@@ -302,14 +308,7 @@ def _try_lock(path: str) -> _Lock | None:
         lock = _Lock(path)
     except FileNotFoundError:
         return _Lock(os.devnull)
-    try:
-        if lock.take():
-            return lock
-    except BaseException:  # Ctrl-C, after which nobody would know of the lock
-        lock.close()
-        raise
-    lock.close()
-    return None
+    return lock if lock.take() else None
 
 
 def _close_copies() -> None:

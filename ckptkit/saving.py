@@ -18,6 +18,9 @@ __all__ = ["Saving", "checked_futures"]
 _STOP_SECS: Final = 60.0
 """How long writers may take to stop once they are told to."""
 
+_stuck: list[commit.Pending] = []
+"""Kept, since a lock lasts as long as somebody refers to it."""
+
 
 def checked_futures(handler: CheckpointHandler, returned: Any) -> list[futures.Future[Any]]:
     """What an `async_save` returned, as a list.
@@ -97,7 +100,9 @@ class Saving:
         for future in self.writing:
             future.cancel()
         try:
-            if not futures.wait(self.writing, _STOP_SECS).not_done:
+            if futures.wait(self.writing, _STOP_SECS).not_done:
+                _stuck.append(self._pending)
+            else:
                 self._pending.abandon()
         finally:
             self._close()
