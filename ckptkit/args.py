@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 import attrs
 
 from ckptkit import errors
-from ckptkit.options import Casting, Devices, StorageOptions
+from ckptkit.options import Casting, Devices, OnCorrupt, StorageOptions
 
 if TYPE_CHECKING:
     from ckptkit.handlers.base import CheckpointHandler
@@ -135,6 +135,11 @@ def _devices(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None
         )
 
 
+def _on_corrupt(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if value not in get_args(OnCorrupt):
+        raise errors.ArgsError(f"{type(instance).__name__}({attribute.name}={value!r}): expected 'raise' or 'skip'.")
+
+
 def _file_size(_instance: Any, _attribute: attrs.Attribute[Any], value: Any) -> None:
     StorageOptions(target_data_file_size=value)
 
@@ -171,6 +176,8 @@ class StandardRestore(CheckpointArgs):
       casting: numpy's word for the casts allowed from the stored dtype to the target's.
       devices: where arrays go for which the target names no sharding: 'local', this process's first device; 'numpy', host memory,
         as np.ndarray; None, where they were saved.
+      on_corrupt: what happens where stored bytes are damaged: 'raise', an error that tells what is whole; 'skip', the leaves
+        concerned are `...` (`ckptkit.PLACEHOLDER`) in the result, and a warning names them.
     """
 
     item: Any = attrs.field(default=None, converter=_tree, repr=_kind)
@@ -179,6 +186,7 @@ class StandardRestore(CheckpointArgs):
     fallback_sharding: Any = None
     casting: Casting = attrs.field(default="unsafe", validator=_casting)
     devices: Devices | None = attrs.field(default=None, validator=_devices)
+    on_corrupt: OnCorrupt = attrs.field(default="raise", validator=_on_corrupt)
 
 
 @attrs.define(eq=False)
@@ -208,6 +216,8 @@ class PyTreeRestore(CheckpointArgs):
       transforms: kept for Orbax's callers; nothing but None or {} is supported.
       partial_restore: leave out what `item` does not have.
       casting: numpy's word for the casts allowed from the stored dtype to the requested one.
+      on_corrupt: what happens where stored bytes are damaged: 'raise', an error that tells what is whole; 'skip', the leaves
+        concerned are `...` (`ckptkit.PLACEHOLDER`) in the result, and a warning names them.
     """
 
     item: Any = attrs.field(default=None, converter=_tree, repr=_kind)
@@ -215,6 +225,7 @@ class PyTreeRestore(CheckpointArgs):
     transforms: Any = attrs.field(default=None, validator=_no_transforms)
     partial_restore: bool = attrs.field(default=False, validator=_flag, kw_only=True)
     casting: Casting = attrs.field(default="unsafe", validator=_casting, kw_only=True)
+    on_corrupt: OnCorrupt = attrs.field(default="raise", validator=_on_corrupt, kw_only=True)
 
 
 @attrs.define(eq=False)

@@ -12,6 +12,7 @@ import attrs
 from etils import epath
 
 from ckptkit import choosing, commit, discovery, errors, reports
+from ckptkit.file_list import read_file_list
 from ckptkit.handlers.base import AsyncCheckpointHandler, CheckpointHandler, run_coroutine
 from ckptkit.location import FileLocation, Location
 from ckptkit.metadata.json import checked_custom
@@ -119,6 +120,10 @@ class Checkpointer:
             tracker = reports.Tracker("restore", location.url, self._notifier.progress)
             handler = self._handler
             try:
+                listed = read_file_list(location)
+                tracker.verified = listed is not None
+                if listed is not None:
+                    listed.check(location, choosing.files_asked_for(args, kwargs))
                 handler, restore_args = self._restore_handler(registry, location, args, kwargs)
                 with reports.tracking(tracker):
                     restored = handler.restore(epath.Path(location.url), args=restore_args)
@@ -140,6 +145,7 @@ class Checkpointer:
                 leaf_count=tracker.leaf_count,
                 verified=tracker.verified,
                 total_secs=time.monotonic() - start,
+                corrupt=tuple(tracker.corrupt),
             )
         )
         return restored
@@ -148,12 +154,15 @@ class Checkpointer:
         """What is known of the checkpoint at `directory` without reading its arrays.
 
         Raises:
-          errors.NotFoundError, errors.IncompleteError, errors.FormatError: as `restore`.
+          errors.NotFoundError, errors.IncompleteError, errors.FormatError, errors.CorruptCheckpointError: as `restore`.
         """
         self._check_open()
         registry = discovery.ready(self._registry)
         location = choosing.resolved(registry.location(directory))
-        step = choosing.step_metadata(location)
+        listed = read_file_list(location)
+        if listed is not None:
+            listed.check(location, choosing.is_description)
+        step = attrs.evolve(choosing.step_metadata(location), has_checksums=listed is not None)
         handler = self._handler or choosing.stored_handler(registry, location, self._registry)
         try:
             return attrs.evolve(step, item_metadata=handler.metadata(epath.Path(location.url)))

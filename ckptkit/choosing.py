@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ckptkit import args as args_lib
 from ckptkit import commit, errors
 from ckptkit.handlers._stored import args_for_files, item_folders
 from ckptkit.handlers.base import CheckpointHandler
+from ckptkit.index import INDEX_FILE
 from ckptkit.location import FileLocation, Location
+from ckptkit.metadata.arrays import ARRAYS_DIRECTORY, STRINGS_FILE
+from ckptkit.metadata.sharding import SHARDING_FILE
 from ckptkit.metadata.step import STEP_FILE, StepMetadata, decode_step
 from ckptkit.metadata.tree import TREE_FILE
 from ckptkit.registry import Registry, Use
 
-__all__ = ["belonging_args", "check_not_composite", "make_handler", "one_args", "resolved", "step_metadata", "stored_handler"]
+__all__ = [
+    "belonging_args",
+    "check_not_composite",
+    "files_asked_for",
+    "is_description",
+    "make_handler",
+    "one_args",
+    "resolved",
+    "step_metadata",
+    "stored_handler",
+]
 
 
 def one_args(args: tuple[Any, ...], kwargs: dict[str, Any]) -> args_lib.CheckpointArgs | None:
@@ -26,6 +40,23 @@ def one_args(args: tuple[Any, ...], kwargs: dict[str, Any]) -> args_lib.Checkpoi
     if len(args) + len(kwargs) > 1:
         raise errors.ArgsError(f"{type(given[0]).__name__} already says everything; pass nothing beside it, or its fields alone.")
     return given[0]
+
+
+def files_asked_for(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[str], bool]:
+    """Whether a restore with these arguments may read a file, by its path: of a composite, only the items that it names."""
+    given = one_args(args, kwargs)
+    if not isinstance(given, args_lib.Composite) or not given:
+        return lambda path: True
+    return lambda path: "/" not in path or path.partition("/")[0] in given
+
+
+_DESCRIPTIONS = {INDEX_FILE, SHARDING_FILE, STEP_FILE, STRINGS_FILE, TREE_FILE}
+
+
+def is_description(path: str) -> bool:
+    """Whether a file, by its path, says something about a checkpoint or an item, as opposed to being its content."""
+    *folders, name = path.split("/")
+    return name in _DESCRIPTIONS or folders[-1:] == [ARRAYS_DIRECTORY]
 
 
 def belonging_args(

@@ -9,12 +9,15 @@ from __future__ import annotations
 import abc
 import contextlib
 import os
+import stat
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Final, Literal
 
 from ckptkit import errors
 
 __all__ = ["FileLocation", "Location", "mapped_os_errors"]
+
+_BLOCK_BYTE_SIZE: Final = 1 << 20
 
 
 class Location(abc.ABC):
@@ -66,8 +69,30 @@ class Location(abc.ABC):
     def names(self) -> Mapping[str, bool]:
         """What is in the directory: name -> whether it is a directory. Empty where it does not exist."""
 
+    def files(self) -> dict[str, int]:
+        """Every file below the directory: its path -> its size in bytes."""
+        found: dict[str, int] = {}
+        for name, is_directory in self.names().items():
+            if is_directory:
+                found |= {f"{name}/{path}": size for path, size in self.child(name).files().items()}
+            else:
+                found[name] = sum(map(len, self.blocks(name)))
+        return found
+
+    def blocks(self, name: str) -> Iterator[bytes | memoryview]:
+        """The bytes of the file `name`, however large it is, part by part; a part is gone when the next is asked for.
+
+        Raises:
+          errors.NotFoundError: there is none.
+        """
+        yield self.read_bytes(name)
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url!r})"
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 @contextlib.contextmanager
@@ -128,6 +153,30 @@ class FileLocation(Location):
             return {}
         except OSError as error:
             raise errors.StorageError(error.errno, f"cannot list: {error.strerror}", self._path) from error
+
+    def files(self) -> dict[str, int]:
+        found: dict[str, int] = {}
+        pending = [""]
+        with mapped_os_errors(self._path, "list"):
+            while pending:
+                prefix = pending.pop()
+                with os.scandir(os.path.join(self._path, prefix)) as entries:
+                    for entry in entries:
+                        if entry.is_dir(follow_symlinks=False):
+                            pending.append(f"{prefix}{entry.name}/")
+                        else:
+                            found[prefix + entry.name] = entry.stat().st_size
+        return found
+
+    def blocks(self, name: str) -> Iterator[memoryview]:
+        path = self._inside(name)
+        buffer = memoryview(bytearray(_BLOCK_BYTE_SIZE))
+        # Opening a named pipe would wait for a writer, and a checkpoint may come from a stranger.
+        with mapped_os_errors(path, "read"), open(path, "rb", buffering=0, opener=_open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise errors.FormatError(f"{path}: expected a regular file.")
+            while count := file.readinto(buffer):
+                yield buffer[:count]
 
     def _inside(self, name: str) -> str:
         """The path of `name`, which must lie below this directory: names may come from a stranger's checkpoint."""

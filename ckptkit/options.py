@@ -16,6 +16,7 @@ MAX_CHUNK_BYTE_SIZE = 32 << 20
 
 Devices = Literal["local", "numpy"]
 Casting = Literal["no", "equiv", "safe", "same_kind", "unsafe"]
+OnCorrupt = Literal["raise", "skip"]
 
 
 def _positive(instance: Any, attribute: attrs.Attribute[Any], value: float | None) -> None:
@@ -88,12 +89,19 @@ class StorageOptions:
     Attributes:
       use_zarr3: write zarr version 3 documents instead of version 2.
       compression: how chunks are compressed; None to store them as they are in memory.
+      zarr3_crc32c: add zarr's own checksum to every chunk of version 3, which TensorStore, and so Orbax, verifies as well.
       target_data_file_size: bytes after which a backend that packs values into files starts the next; None is its own default.
     """
 
     use_zarr3: bool = False
     compression: Literal["zstd"] | None = attrs.field(default=None, validator=attrs.validators.in_((None, "zstd")))
+    zarr3_crc32c: bool = attrs.field(default=False)
     target_data_file_size: int | None = attrs.field(default=None, validator=_positive)
+
+    @zarr3_crc32c.validator
+    def _check_version(self, attribute: attrs.Attribute[Any], value: bool) -> None:  # noqa: FBT001 - attrs passes it so
+        if value and not self.use_zarr3:
+            raise errors.ArgsError("zarr3_crc32c=True needs use_zarr3=True: chunks of zarr version 2 have no checksums.")
 
 
 @attrs.frozen(kw_only=True)
@@ -107,6 +115,7 @@ class RestoreDefaults:
       support_layout: honour the memory layout of a target that carries a `jax.experimental.layout.Format`.
       devices: where jax.Arrays go for which the target names no sharding: 'local', this process's first device; 'numpy', host
         memory, as np.ndarray; None, where they were saved.
+      on_corrupt: what happens where stored bytes are damaged: 'raise', an error; 'skip', those leaves are `...`, with a warning.
     """
 
     strict: bool = True
@@ -116,3 +125,4 @@ class RestoreDefaults:
     )
     support_layout: bool = False
     devices: Devices | None = None
+    on_corrupt: OnCorrupt = "raise"

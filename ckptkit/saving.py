@@ -10,6 +10,7 @@ import attrs
 from etils import epath
 
 from ckptkit import commit, discovery, errors, reports
+from ckptkit.file_list import write_file_list
 from ckptkit.handlers.base import CheckpointHandler
 from ckptkit.metadata.step import STEP_FILE, StepMetadata, encode_step
 
@@ -63,7 +64,10 @@ class Saving:
             temporary = self._pending.temporary
             self._handler.finalize(epath.Path(temporary.url))
             step = attrs.evolve(self._step, commit_timestamp_nsecs=time.time_ns())
-            temporary.write_bytes(STEP_FILE, encode_step(step))
+            described = encode_step(step)
+            # The list before `_CHECKPOINT_METADATA`, which Orbax writes first: `commit.clean` tells the two's leftovers apart.
+            write_file_list(temporary, self._tracker.covered, {STEP_FILE: described})
+            temporary.write_bytes(STEP_FILE, described)
             self._pending.commit()
         except BaseException:
             self.abandon()

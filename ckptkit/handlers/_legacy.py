@@ -157,5 +157,8 @@ class ArraysReader(Reader):
                 np.copyto(out, self._values[name])
         return self._rest.read([request for request in requests if request[0] not in self._values])
 
+    def place(self, name: str, index: Index) -> str:
+        return AGGREGATE_FILE if name in self._values else self._rest.place(name, index)
+
     def close(self) -> None:
         self._rest.close()

@@ -20,6 +20,7 @@ from ckptkit.metadata import arrays as array_documents
 from ckptkit.metadata import sharding as sharding_documents
 from ckptkit.metadata.msgpack import AGGREGATE_FILE
 from ckptkit.metadata.tree import TREE_FILE, Entry, TreeDocument, decode_tree, is_empty_node
+from ckptkit.options import OnCorrupt
 from ckptkit.registry import Registry
 from ckptkit.storage.base import Reader, StorageBackend
 
@@ -76,6 +77,7 @@ class StoredTree:
       document: what `_METADATA` says, or what stands in for it in older checkpoints.
       index: checksums and type strings; None where another program wrote the checkpoint.
       reader: gives the chunks.
+      lost: what is wrong with leaves that `found` gave up, by key path.
     """
 
     @paused_gc()
@@ -88,6 +90,7 @@ class StoredTree:
         """
         self.location = location
         self._registry = registry
+        self.lost: dict[tuple[str, ...], errors.CheckpointError] = {}
         self.index: IndexDocument | None = self._optional(INDEX_FILE, decode_index, None)
         recorded: TreeDocument | None = self._optional(TREE_FILE, decode_tree, None)
         needed = recorded is None or any(map(_is_aggregated, recorded.entries))
@@ -98,7 +101,7 @@ class StoredTree:
         if self._aggregate is not None:
             self.reader = ArraysReader(self._aggregate.arrays, self.reader)
         try:
-            self._arrays: Mapping[str, ArraySpec] = self.reader.arrays()
+            self._arrays: Mapping[str, ArraySpec] = self._listed_arrays()
             self.document: TreeDocument = recorded or self._inferred()
             self._shardings = self._optional(sharding_documents.SHARDING_FILE, sharding_documents.decode_file, {})
             self._strings = self._optional(array_documents.STRINGS_FILE, self._decode_strings, {})
@@ -121,6 +124,7 @@ class StoredTree:
 
         Raises:
           errors.NotFoundError: its array is not on storage.
+          errors.CorruptCheckpointError: what is there is not the array that was written.
           errors.FormatError: it was written in a way that this version does not read.
         """
         if entry.skip:
@@ -134,11 +138,31 @@ class StoredTree:
                 f"{self._where(entry)} is a leaf of the checkpoint, but no array {name!r} is on storage; the checkpoint is "
                 "damaged, or was not copied as a whole."
             )
+        if self.index is not None and (wrong := self.index.check_array(array)) is not None:
+            raise errors.CorruptCheckpointError(f"{self._where(entry)}: {wrong}; restore another checkpoint.")
         record = self._records.get(name)
         extra: Mapping[str, Any] = {"write_shape": entry.write_shape, **((record and record.ext_metadata) or {})}
         if self.index is not None and name in self.index.extras:
             extra = self.index.extras[name]
         return name, LeafSpec(typestr, array, sharding=self._shardings.get(name), extra=extra)
+
+    def found(self, entry: Entry, on_corrupt: OnCorrupt) -> LeafSpec | None:
+        """What is stored of a leaf; None where that is damaged, and damaged leaves are to be left out."""
+        try:
+            return self.leaf(entry)[1]
+        except (errors.NotFoundError, errors.CorruptCheckpointError) as error:
+            if on_corrupt == "raise":
+                raise
+            self.lost[_path(entry)] = error
+            return None
+
+    def _listed_arrays(self) -> Mapping[str, ArraySpec]:
+        try:
+            return self.reader.arrays()
+        except errors.FormatError as error:
+            if self.index is None:  # another program's, which may have more formats than this one reads
+                raise
+            raise errors.CorruptCheckpointError(f"{error} ckptkit did not write it so: restore another checkpoint.") from error
 
     def _aggregated(self, entry: Entry) -> LeafSpec:
         """What is stored of a leaf that was saved with `SaveArgs(aggregate=True)`."""

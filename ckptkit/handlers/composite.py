@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptkit import args as args_lib
 from ckptkit import discovery, errors
+from ckptkit.file_list import FILE_LIST
 from ckptkit.handlers._stored import args_for_files, item_folders
 from ckptkit.handlers.base import AsyncCheckpointHandler, CheckpointHandler
 from ckptkit.location import Location, mapped_os_errors
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CompositeCheckpointHandler"]
 
-_TAKEN = ("commit_success.txt", "orbax.checkpoint")
+_TAKEN = (FILE_LIST, "commit_success.txt", "orbax.checkpoint")
 
 
 class CompositeCheckpointHandler(AsyncCheckpointHandler):

@@ -36,6 +36,7 @@ class StandardCheckpointHandler(AsyncCheckpointHandler):
         pytree_metadata_options: PyTreeMetadataOptions | None = None,
         use_ocdbt: bool = True,
         use_zarr3: bool = False,
+        zarr3_crc32c: bool = False,
         storage: str | None = None,
     ) -> None:
         """The arguments are those of `PyTreeCheckpointHandler`."""
@@ -46,6 +47,7 @@ class StandardCheckpointHandler(AsyncCheckpointHandler):
             pytree_metadata_options=pytree_metadata_options,
             use_ocdbt=use_ocdbt,
             use_zarr3=use_zarr3,
+            zarr3_crc32c=zarr3_crc32c,
             storage=storage,
         )
 
@@ -91,6 +93,7 @@ class StandardCheckpointHandler(AsyncCheckpointHandler):
             casting=args.casting,
             support_layout=args.support_layout,
             devices=args.devices,
+            on_corrupt=args.on_corrupt,
         )
         return self._pytree.restore_tree(directory, args.item, typed_by_target=True, defaults=defaults)
 

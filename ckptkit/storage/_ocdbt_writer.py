@@ -21,7 +21,7 @@ from ckptkit.storage._tensorstore import writing_error
 from ckptkit.storage._values import key_prefix
 from ckptkit.storage._zarr_cells import DRIVERS, encoded_cell
 from ckptkit.storage.base import ArraySpec, Chunk, Writer
-from ckptkit.storage.zarr_documents import DOCUMENT_NAMES, Document, Version, documented, emit
+from ckptkit.storage.zarr_documents import DOCUMENT_NAMES, Document, documented, emit
 
 __all__ = ["OcdbtWriter"]
 
@@ -84,10 +84,9 @@ class OcdbtWriter(Writer):
 
     def _describe(self, arrays: Sequence[ArraySpec], options: StorageOptions) -> None:
         """Writes every array's document, also of those that have no chunk."""
-        version: Version = 3 if options.use_zarr3 else 2
-        for array, document, data in documented(arrays, version, options.compression):
+        for array, document, data in documented(arrays, options):
             self._documents[array.name] = document
-            self._pending.write(key_prefix(array.name) + DOCUMENT_NAMES[version], data)
+            self._pending.write(key_prefix(array.name) + DOCUMENT_NAMES[document.version], data)
             self._fill(len(data))
 
     def _copy(self, chunk: Chunk, document: Document) -> None:

@@ -6,13 +6,14 @@ zarr, are what it is for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ckptkit import errors
 from ckptkit.location import Location
 from ckptkit.options import StorageOptions
 from ckptkit.processes import Job
 from ckptkit.storage._chunk_reader import ChunkReader
+from ckptkit.storage._values import key_prefix
 from ckptkit.storage._zarr_files import FileValues, FileWriter, holds_document
 from ckptkit.storage._zarr_names import name_refusals
 from ckptkit.storage.base import ArraySpec, Reader, StorageBackend, Writer
@@ -45,6 +46,9 @@ class ZarrBackend(StorageBackend):
           errors.ArgsError: the location is no directory of this machine.
         """
         return ChunkReader(location, FileValues(_directory(location)))
+
+    def data_paths(self, names: Iterable[str]) -> Iterable[str]:
+        return map(key_prefix, names)
 
     def recognises(self, location: Location) -> bool:
         directory = location.local_path
