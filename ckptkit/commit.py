@@ -15,17 +15,20 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 from ckptkit import errors
 from ckptkit._threads import Workers
+from ckptkit.file_list import FILE_LIST
 from ckptkit.location import FileLocation, Location, mapped_os_errors
+from ckptkit.metadata.step import STEP_FILE
+from ckptkit.reports import CleanReport
 
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["TEMPORARY_SUFFIX", "Pending", "begin", "identity", "resolve"]
+__all__ = ["TEMPORARY_SUFFIX", "Pending", "begin", "clean", "identity", "resolve"]
 
 TEMPORARY_SUFFIX = ".orbax-checkpoint-tmp"
 _ASIDE_SUFFIX = f".ckptkit-old{TEMPORARY_SUFFIX}"
@@ -161,6 +164,67 @@ class Pending:
             os.close(self._lock)
 
 
+def clean(root: str | os.PathLike[str], *, dry_run: bool = False) -> CleanReport:
+    """Tidies what killed saves left in the directory `root`, of whatever name; a later save tidies only what has its own.
+
+    A temporary directory that a live writer has locked is left alone, and so is one of another program's, or on a file system
+    without locks. A checkpoint that an interrupted overwrite set aside gets its name back where that is free.
+
+    Args:
+      root: the directory that holds checkpoints.
+      dry_run: only tell what would be done.
+
+    Raises:
+      errors.NotFoundError: there is no such directory.
+      errors.StorageError: something cannot be removed.
+    """
+    report = CleanReport(removed=[], restored=[], kept={})
+    path = os.path.abspath(os.fspath(root))
+    with mapped_os_errors(path, "tidy"):
+        for name in sorted(os.listdir(path)):
+            leftover = os.path.join(path, name)
+            if name.endswith(TEMPORARY_SUFFIX) and os.path.isdir(leftover) and not os.path.islink(leftover):
+                _clean(leftover, report, dry_run=dry_run)
+    return report
+
+
+def _clean(leftover: str, report: CleanReport, *, dry_run: bool) -> None:
+    """Does to one temporary directory what `clean` does, and reports it."""
+    target = leftover.removesuffix(_ASIDE_SUFFIX)
+    with _sole_lock(leftover) as locked:
+        if not locked:
+            report.kept[leftover] = "a writer holds it, or the file system has no locks to tell"
+        elif target == leftover and _is_foreign(leftover):
+            report.kept[leftover] = "another program wrote it"
+        elif target == leftover or os.path.lexists(target):
+            report.removed.append(leftover)
+            if not dry_run:
+                _remove(leftover)
+        else:
+            report.restored.append(target)
+            if not dry_run:
+                os.rename(leftover, target)
+                _sync(os.path.dirname(target))
+
+
+@contextlib.contextmanager
+def _sole_lock(directory: str) -> Iterator[bool]:
+    """Whether nobody else holds the lock of a directory, which is this process's meanwhile."""
+    lock = None if sys.platform == "win32" else _try_lock(directory, required=True)
+    try:
+        # What was locked may have been committed or removed since it was listed.
+        yield lock is not None and os.path.isdir(directory) and os.path.samestat(os.fstat(lock), os.stat(directory))
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _is_foreign(temporary: str) -> bool:
+    """Whether another program, Orbax that is, made a temporary directory: it begins with the file that `Saving` ends with."""
+    names = set(os.listdir(temporary))
+    return STEP_FILE in names and FILE_LIST not in names
+
+
 def _put_back(old: str, path: str, *, exchanged: bool) -> None:
     """Undoes a replacement that is not durable."""
     if exchanged:
@@ -191,10 +255,11 @@ def _locked_directory(temporary: str, path: str) -> int:
     raise errors.BusyError(f"{path}: other saves to this path keep coming; let one writer at a time save to it.")
 
 
-def _try_lock(path: str) -> int | None:
+def _try_lock(path: str, *, required: bool = False) -> int | None:
     """A descriptor that holds the exclusive lock of a directory; None where another holds it.
 
-    Windows has no locks on directories: there a second writer is not noticed.
+    Where the file system has no locks, the descriptor holds none; None then if one is `required`. Windows has no locks on
+    directories: there a second writer is not noticed.
     """
     if sys.platform == "win32":
         return os.open(os.devnull, os.O_RDONLY)
@@ -205,10 +270,10 @@ def _try_lock(path: str) -> int | None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP) and not required:
             return descriptor  # some network file systems have no locks: there a second writer is not noticed
         os.close(descriptor)
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+        if required or error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             return None
         raise
     return descriptor

@@ -1,8 +1,8 @@
 """The list of a checkpoint's files, with their sizes and checksums: `ckptkit_files.json` in its root.
 
-It is written last and covers every file, whichever handler wrote it. Files of which a restore reads nothing but arrays and
-chunks have a size only: the index beside them says what those must be (see `StorageBackend.data_paths`). Checksums are XXH3
-with 64 bits, as in the index. The list begins with the checksum of the rest of itself. Orbax ignores the file.
+It is written when all others are, and has every file, whichever handler wrote it, except those of which a restore uses nothing
+but arrays and chunks: the index beside them says what those must be (see `StorageBackend.data_directories`). Checksums are
+XXH3 with 64 bits, as in the index. The list begins with the checksum of the rest of itself. Orbax ignores the file.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Listed(NamedTuple):
 
     Attributes:
       size: in bytes.
-      checksum: 16 hexadecimal digits; None where the index covers the file.
+      checksum: 16 hexadecimal digits.
     """
 
     size: int
-    checksum: str | None
+    checksum: str
 
 
 @attrs.frozen
@@ -48,14 +48,14 @@ class FileList:
     files: Mapping[str, Listed]
 
     def check(self, location: Location, wanted: Callable[[str], bool]) -> None:
-        """Reads the files that are `wanted` by path and have a checksum.
+        """Reads the files that are `wanted`, by path.
 
         Raises:
           errors.NotFoundError: files are missing; names them.
           errors.CorruptCheckpointError: files differ from what was written; names them, and those that are missing.
           errors.StorageError: a file cannot be read.
         """
-        chosen = {path: each for path, each in self.files.items() if each.checksum is not None and wanted(path)}
+        chosen = {path: listed for path, listed in self.files.items() if wanted(path)}
         problems = self.problems(location, chosen)
         for problem in problems.values():
             if isinstance(problem, errors.StorageError):
@@ -75,7 +75,7 @@ class FileList:
     def problems(
         self, location: Location, files: Mapping[str, Listed], advance: Callable[[int], None] = lambda nbytes: None
     ) -> dict[str, errors.CheckpointError]:
-        """What is wrong with which of `files`, which all have a checksum; `advance` is told the bytes of each file once read."""
+        """What is wrong with which of some files; `advance` is told the bytes of each once it was read."""
 
         def problem(path: str, listed: Listed) -> errors.CheckpointError | None:
             try:
@@ -100,21 +100,20 @@ def write_file_list(location: Location, covered: Collection[str], late: Mapping[
 
     Args:
       location: of the checkpoint that is about to be committed.
-      covered: beginnings of the URLs, up to a '/', of files that an index covers.
+      covered: URLs of directories whose files an index covers.
       late: files that are written after the list.
 
     Raises:
       errors.ArgsError: a handler wrote a file of the list's own name.
       errors.StorageError: a file cannot be read, or the list cannot be written.
     """
-    sizes = location.files()
-    if FILE_LIST in sizes:
+    root = f"{location.url.rstrip('/')}/"
+    paths = location.files({url.removeprefix(root) for url in covered})
+    if FILE_LIST in paths:
         raise errors.ArgsError(f"{location.url}: a handler wrote {FILE_LIST!r}, the name of the checkpoint's list of files.")
-    plain = [path for path in sizes if not _is_covered(f"{location.url}/{path}", covered)]
-    with _workers(plain) as workers:
-        measuring = {path: workers.submit(_measured, location, path) for path in plain}
-        measured = {path: future.result() for path, future in measuring.items()}
-    files = {path: measured.get(path, Listed(size, None)) for path, size in sorted(sizes.items())}
+    with _workers(paths) as workers:
+        measuring = {path: workers.submit(_measured, location, path) for path in paths}
+        files = {path: future.result() for path, future in measuring.items()}
     files |= {name: Listed(len(data), xxhash.xxh3_64_hexdigest(data)) for name, data in late.items()}
     location.write_bytes(FILE_LIST, _encode(files))
 
@@ -143,15 +142,6 @@ def _measured(location: Location, path: str) -> Listed:
     return Listed(size, checksum.hexdigest())
 
 
-def _is_covered(url: str, covered: Collection[str]) -> bool:
-    end = url.rfind("/")
-    while end >= 0:
-        if url[: end + 1] in covered:
-            return True
-        end = url.rfind("/", 0, end)
-    return False
-
-
 def _encode(files: Mapping[str, Listed]) -> bytes:
     body = json.dump_exact({"version": _VERSION, "algorithm": _ALGORITHM, "files": files})[1:]
     return b'{"checksum": "%b", %b' % (xxhash.xxh3_64_hexdigest(body).encode(), body)
@@ -173,7 +163,7 @@ def _decode(data: bytes, where: str) -> FileList:
 
 def _listed(value: Any, path: str, where: str) -> Listed:
     match value:
-        case [int(size), str() | None as checksum] if size >= 0:
+        case [int(size), str(checksum)] if size >= 0:
             return Listed(size, checksum)
     raise json.unexpected(where, f"the entry of {path!r}", value, "a size and a checksum")
 

@@ -10,7 +10,7 @@ import abc
 import contextlib
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, ClassVar, Final, Literal
 
 from ckptkit import errors
@@ -69,15 +69,18 @@ class Location(abc.ABC):
     def names(self) -> Mapping[str, bool]:
         """What is in the directory: name -> whether it is a directory. Empty where it does not exist."""
 
-    def files(self) -> dict[str, int]:
-        """Every file below the directory: its path -> its size in bytes."""
-        found: dict[str, int] = {}
-        for name, is_directory in self.names().items():
-            if is_directory:
-                found |= {f"{name}/{path}": size for path, size in self.child(name).files().items()}
-            else:
-                found[name] = sum(map(len, self.blocks(name)))
-        return found
+    def files(self, without: Collection[str] = ()) -> list[str]:
+        """The paths of all files below the directory, except those in the directories `without`, by their paths."""
+        found = []
+        pending: list[tuple[str, Location]] = [("", self)]
+        while pending:
+            prefix, location = pending.pop()
+            for name, is_directory in location.names().items():
+                if not is_directory:
+                    found.append(prefix + name)
+                elif prefix + name not in without:
+                    pending.append((f"{prefix}{name}/", location.child(name)))
+        return sorted(found)
 
     def blocks(self, name: str) -> Iterator[bytes | memoryview]:
         """The bytes of the file `name`, however large it is, part by part; a part is gone when the next is asked for.
@@ -153,20 +156,6 @@ class FileLocation(Location):
             return {}
         except OSError as error:
             raise errors.StorageError(error.errno, f"cannot list: {error.strerror}", self._path) from error
-
-    def files(self) -> dict[str, int]:
-        found: dict[str, int] = {}
-        pending = [""]
-        with mapped_os_errors(self._path, "list"):
-            while pending:
-                prefix = pending.pop()
-                with os.scandir(os.path.join(self._path, prefix)) as entries:
-                    for entry in entries:
-                        if entry.is_dir(follow_symlinks=False):
-                            pending.append(f"{prefix}{entry.name}/")
-                        else:
-                            found[prefix + entry.name] = entry.stat().st_size
-        return found
 
     def blocks(self, name: str) -> Iterator[memoryview]:
         path = self._inside(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Literal
 
@@ -23,6 +23,7 @@ __all__ = [
     "tracking",
 ]
 
+State = Literal["whole", "corrupt", "unchecked"]
 Operation = Literal["save", "restore", "verify"]
 
 
@@ -74,13 +75,13 @@ class Part:
       name: path of the file below the checkpoint; or path of the leaf's item, if any, and its key path.
       byte_count: its size; of a leaf in memory.
       state: 'whole', its checksums agree; 'corrupt', they do not, or it is missing or cannot be read; 'unchecked', it can be
-        read, but nothing says what it should be; 'unlisted', a file that was put there later.
+        read, but nothing says what it should be.
       problem: what is wrong; '' where nothing is.
     """
 
     name: str
     byte_count: int
-    state: Literal["whole", "corrupt", "unchecked", "unlisted"]
+    state: State
     problem: str = ""
 
 
@@ -108,7 +109,7 @@ class VerifyReport:
         return [part for part in (*self.files, *self.leaves) if part.state == "corrupt"]
 
     @property
-    def state(self) -> Literal["whole", "corrupt", "unchecked"]:
+    def state(self) -> State:
         """'unchecked' where nothing is wrong that can be told, and the checkpoint has no list of its files."""
         if self.corrupt:
             return "corrupt"
@@ -130,9 +131,9 @@ class CleanReport:
       kept: temporary directories that were left alone, with the reason.
     """
 
-    removed: Sequence[str]
-    restored: Sequence[str]
-    kept: Mapping[str, str]
+    removed: list[str]
+    restored: list[str]
+    kept: dict[str, str]
 
 
 @attrs.frozen(kw_only=True)
@@ -161,7 +162,7 @@ class Tracker:
       byte_count: bytes of leaves that the operation will move in all.
       leaf_count: leaves that it will move in all.
       verified: False once something was read that has no checksum.
-      covered: beginnings of the URLs, up to a '/', of files of which a restore reads only what an index has checksums of.
+      covered: URLs of directories of which a restore uses nothing but what an index has checksums of.
       corrupt: key paths of leaves that were left out because their bytes are damaged.
     """
 

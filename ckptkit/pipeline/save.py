@@ -98,7 +98,8 @@ def start_save(
     budget = _Budget(plan.max_inflight_bytes)
     tracker = reports.current_tracker("save")
     tracker.expect(sum([array.nbytes for array in plan.arrays]), sum([len(group.specs) for group in plan.groups]))
-    tracker.covered.update(f"{location.url}/{path}" for path in plan.backend.data_paths([a.name for a in plan.arrays]))
+    data_directories = plan.backend.data_directories([array.name for array in plan.arrays])
+    tracker.covered.update(f"{location.url}/{path}" for path in data_directories)
     # Not a daemon: the interpreter waits for it at exit, so that a save under way is finished.
     writer = threading.Thread(
         target=_write, args=(plan, location, batches, budget, documents, tracker, result), name="ckptkit-write", daemon=False

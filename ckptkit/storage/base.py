@@ -90,10 +90,10 @@ class StorageBackend(abc.ABC):
     def reader(self, location: Location) -> Reader:
         """A reader of a directory that this backend wrote, or that another program wrote in its format."""
 
-    def data_paths(self, names: Iterable[str]) -> Iterable[str]:
-        """Beginnings of paths in the directory, up to a '/', of files of which a reader uses only what arrays and chunks say.
+    def data_directories(self, names: Iterable[str]) -> Iterable[str]:
+        """Directories, by their paths in the checkpoint's, of files of which a reader uses only what arrays and chunks say.
 
-        A checkpoint's list of files leaves their checksums out, since the index checks what was read from them in any case.
+        Their checksums need not be in the checkpoint's list of files, since the index checks whatever is read from them.
 
         Args:
           names: of all arrays.

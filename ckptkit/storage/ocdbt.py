@@ -59,8 +59,8 @@ class OcdbtBackend(StorageBackend):
             base = ts.KvStore.open(location.kvstore(), context=context).result()
         return ChunkReader(location, OcdbtValues(location, base, context))
 
-    def data_paths(self, names: Iterable[str]) -> Iterable[str]:
-        return ("d/",)  # values of chunks and documents, and nodes, whose checksums TensorStore verifies
+    def data_directories(self, names: Iterable[str]) -> Iterable[str]:
+        return ("d",)  # values of chunks and documents, and nodes, whose checksums TensorStore verifies
 
     def recognises(self, location: Location) -> bool:
         return location.exists(MANIFEST)

@@ -13,7 +13,6 @@ from ckptkit.location import Location
 from ckptkit.options import StorageOptions
 from ckptkit.processes import Job
 from ckptkit.storage._chunk_reader import ChunkReader
-from ckptkit.storage._values import key_prefix
 from ckptkit.storage._zarr_files import FileValues, FileWriter, holds_document
 from ckptkit.storage._zarr_names import name_refusals
 from ckptkit.storage.base import ArraySpec, Reader, StorageBackend, Writer
@@ -47,8 +46,8 @@ class ZarrBackend(StorageBackend):
         """
         return ChunkReader(location, FileValues(_directory(location)))
 
-    def data_paths(self, names: Iterable[str]) -> Iterable[str]:
-        return map(key_prefix, names)
+    def data_directories(self, names: Iterable[str]) -> Iterable[str]:
+        return (name.rstrip("/") for name in names)
 
     def recognises(self, location: Location) -> bool:
         directory = location.local_path
