@@ -94,6 +94,10 @@ class Location(abc.ABC):
         return f"{type(self).__name__}({self.url!r})"
 
 
+def _raise(error: OSError) -> None:
+    raise error
+
+
 def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
@@ -156,6 +160,15 @@ class FileLocation(Location):
             return {}
         except OSError as error:
             raise errors.StorageError(error.errno, f"cannot list: {error.strerror}", self._path) from error
+
+    def files(self, without: Collection[str] = ()) -> list[str]:
+        found = []
+        with mapped_os_errors(self._path, "list"):
+            for directory, folders, names in os.walk(self._path, onerror=_raise):  # links to directories are not followed
+                prefix = "" if directory == self._path else f"{os.path.relpath(directory, self._path)}/".replace(os.sep, "/")
+                folders[:] = [folder for folder in folders if prefix + folder not in without]
+                found += [prefix + name for name in names]
+        return sorted(found)
 
     def blocks(self, name: str) -> Iterator[memoryview]:
         path = self._inside(name)

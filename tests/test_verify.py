@@ -136,6 +136,15 @@ def test_a_named_pipe_in_the_place_of_a_file_is_refused_at_once(tmp_path: Path) 
         ckptkit.restore(tmp_path / "c")
 
 
+def test_links_to_directories_are_not_followed(tmp_path: Path) -> None:
+    for name in "abcdef":
+        (tmp_path / name).symlink_to(".")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").write_text("x")
+    assert FileLocation(tmp_path).files() == ["folder/file"]
+    assert FileLocation(tmp_path).files({"folder"}) == []
+
+
 def test_a_name_in_the_list_never_leads_outside(tmp_path: Path) -> None:
     path = save(tmp_path / "c")
     from ckptkit import file_list

@@ -289,6 +289,7 @@ def _tell(
         return
     every = [error for found in damage.values() for error in found]
     if not any(isinstance(error, errors.CorruptCheckpointError) for error in every):
+        every[0].add_note(text)
         raise every[0]
     error = errors.CorruptCheckpointError(
         f"{text} Restore another checkpoint, or a copy of this one; on_corrupt='skip' restores the leaves that are whole."
