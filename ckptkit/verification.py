@@ -12,6 +12,7 @@ from ckptkit import choosing, commit, discovery, errors
 from ckptkit.file_list import FILE_LIST, FileList, read_file_list
 from ckptkit.grid import ArraySpec, index_nbytes
 from ckptkit.handlers._stored import StoredTree, args_for_files, item_folders
+from ckptkit.index import INDEX_FILE
 from ckptkit.location import Location
 from ckptkit.metadata.step import STEP_FILE
 from ckptkit.metadata.tree import TREE_FILE, Entry, is_empty_node
@@ -64,7 +65,7 @@ def _verified(location: Location, registry: Registry, tracker: Tracker, start: f
     except errors.CorruptCheckpointError as error:
         files.append(Part(name=FILE_LIST, byte_count=0, state="corrupt", problem=str(error)))
         listed = None
-    folders = _tree_folders(location, registry)
+    folders = _tree_folders(location, listed, registry)
     if listed is None and not (files or folders or location.exists(STEP_FILE)):
         raise errors.FormatError(f"{location.url} is no checkpoint: nothing in it was written by ckptkit or Orbax.")
     files += _listed_files(location, listed, tracker) if listed is not None else _unlisted_files(location, folders)
@@ -82,11 +83,15 @@ def _verified(location: Location, registry: Registry, tracker: Tracker, start: f
     return VerifyReport(path=location.url, files=files, leaves=leaves, listed=listed is not None, total_secs=secs)
 
 
-def _tree_folders(location: Location, registry: Registry) -> list[str]:
-    """The folders that hold arrays, '' for the checkpoint's own."""
+def _tree_folders(location: Location, listed: FileList | None, registry: Registry) -> list[str]:
+    """The folders that hold arrays, '' for the checkpoint's own: those with an index, and those that look like it."""
+    files = listed.files if listed is not None else ()
+    indexed = [path.removesuffix(INDEX_FILE).rstrip("/") for path in files if path.split("/")[-1] == INDEX_FILE]
     if location.exists(TREE_FILE) or args_for_files(location, registry) is args_lib.PyTreeRestore:
-        return [""]
-    return [n for n in item_folders(location, registry) if args_for_files(location.child(n), registry) is args_lib.PyTreeRestore]
+        return list(dict.fromkeys(["", *indexed]))
+    items = item_folders(location, registry)
+    trees = [name for name in items if args_for_files(location.child(name), registry) is args_lib.PyTreeRestore]
+    return list(dict.fromkeys([*trees, *indexed]))
 
 
 def _listed_files(location: Location, listed: FileList, tracker: Tracker) -> Iterator[Part]:
