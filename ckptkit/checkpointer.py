@@ -158,7 +158,9 @@ class Checkpointer:
         """
         self._check_open()
         registry = discovery.ready(self._registry)
-        location = choosing.resolved(registry.location(directory))
+        return choosing.read_unswapped(registry, directory, lambda location: self._metadata(registry, location))
+
+    def _metadata(self, registry: Registry, location: Location) -> StepMetadata:
         listed = read_file_list(location)
         if listed is not None:
             listed.check(location, choosing.is_description)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from ckptkit import args as args_lib
 from ckptkit import commit, errors
@@ -24,10 +25,13 @@ __all__ = [
     "is_description",
     "make_handler",
     "one_args",
+    "read_unswapped",
     "resolved",
     "step_metadata",
     "stored_handler",
 ]
+
+T = TypeVar("T")
 
 
 def one_args(args: tuple[Any, ...], kwargs: dict[str, Any]) -> args_lib.CheckpointArgs | None:
@@ -87,6 +91,21 @@ def make_handler(handler_class: type[CheckpointHandler], registry: Registry | No
 def resolved(location: Location) -> Location:
     """Where the checkpoint is to be read; see `commit.resolve`."""
     return commit.resolve(location) if isinstance(location, FileLocation) else location
+
+
+def read_unswapped(registry: Registry, path: str | os.PathLike[str], read: Callable[[Location], T]) -> T:
+    """What `read` makes of the checkpoint at a path; where another one takes its place meanwhile, that one is read instead."""
+    while True:
+        location = resolved(registry.location(path))
+        identity = commit.identity(location)
+        try:
+            result = read(location)
+        except errors.CheckpointError:
+            if commit.identity(location) == identity:
+                raise
+        else:
+            if commit.identity(location) == identity:
+                return result
 
 
 def step_metadata(location: Location) -> StepMetadata:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ckptkit import args as args_lib
-from ckptkit import choosing, commit, discovery, errors
+from ckptkit import choosing, discovery, errors
 from ckptkit.file_list import FILE_LIST, FileList, read_file_list
 from ckptkit.grid import ArraySpec, index_nbytes
 from ckptkit.handlers._stored import StoredTree, args_for_files, item_folders
@@ -38,27 +38,21 @@ def verify(path: str | os.PathLike[str], *, registry: Registry | None = None, ob
       errors.NotFoundError, errors.IncompleteError, errors.FormatError: there is no checkpoint at `path`.
       errors.StorageError: files cannot be read now.
     """
-    start = time.monotonic()
-    notifier = discovery.notifier(registry, observers)
+    notify = discovery.notifier(registry, observers).progress
     registry = discovery.ready(registry)
-    while True:
-        location = choosing.resolved(registry.location(path))
-        identity = commit.identity(location)
-        tracker = Tracker("verify", location.url, notifier.progress)
+
+    def read(location: Location) -> VerifyReport:
+        tracker = Tracker("verify", location.url, notify)
         try:
-            report = _verified(location, registry, tracker, start)
-        except errors.CheckpointError:
-            if commit.identity(location) == identity:
-                raise
-        else:
-            if commit.identity(location) == identity:
-                return report
+            return _verified(location, registry, tracker)
         finally:
             tracker.finish()
-        # Another checkpoint took this one's place meanwhile: that one is meant.
+
+    return choosing.read_unswapped(registry, path, read)
 
 
-def _verified(location: Location, registry: Registry, tracker: Tracker, start: float) -> VerifyReport:
+def _verified(location: Location, registry: Registry, tracker: Tracker) -> VerifyReport:
+    start = time.monotonic()
     files: list[Part] = []
     try:
         listed = read_file_list(location)

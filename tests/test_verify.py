@@ -448,6 +448,28 @@ def test_the_command_line_runs_as_a_module_and_touches_no_device(tmp_path: Path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "nothing to do\n", "")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+@pytest.mark.parametrize("tqdm", ["tqdm", "nothing"])
+def test_a_terminal_sees_progress(tmp_path: Path, tqdm: str) -> None:
+    import termios
+
+    save(tmp_path / "c")
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 400))
+    code = (
+        "import sys; from ckptkit.cli import main\n"
+        "if sys.argv[2] != 'tqdm': sys.modules['tqdm'] = sys.modules['tqdm.auto'] = None\n"
+        "sys.exit(main(['verify', sys.argv[1]]))"
+    )
+    command = [sys.executable, "-c", code, tmp_path / "c", tqdm]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, timeout=60, check=False)
+    os.close(theirs)
+    shown = os.read(ours, 10_000).decode()
+    os.close(ours)
+    assert done.returncode == 0
+    assert f"verify {tmp_path / 'c'}: " in shown
+
+
 # clean
 
 
