@@ -23,6 +23,7 @@ from orbax.checkpoint._src.metadata.pytree_metadata_options import PyTreeMetadat
 
 import ckptkit
 from ckptkit import args, errors
+from ckptkit.file_list import FILE_LIST
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:orbax", "ignore::DeprecationWarning:orbax")
 
@@ -155,6 +156,7 @@ def test_hostile_rich_types_are_a_format_error(path: Path, document: Any) -> Non
     checkpointer.save(path, {"a": 1})
     found = json.loads((path / "_METADATA").read_text())
     (path / "_METADATA").write_text(json.dumps({**found, "value_metadata_tree": json.dumps(document)}))
+    (path / FILE_LIST).unlink()
     with pytest.raises(errors.FormatError, match=r"value_metadata_tree|namedtuple|entries|an object"):
         checkpointer.restore(path)
 
@@ -318,6 +320,7 @@ def test_a_fallback_takes_the_place_of_devices_that_are_not_here(path: Path) -> 
     _standard().save(path, {"a": jnp.ones(2)})
     file = path / "_sharding"
     file.write_text(file.read_text().replace("cpu:0", "tpu:7"))
+    (path / FILE_LIST).unlink()
     fallback = SingleDeviceSharding(jax.devices()[3])
     restored = _standard().restore(path, args=args.StandardRestore(fallback_sharding=fallback))
     assert restored["a"].sharding == fallback
