@@ -12,6 +12,7 @@ from trees import assert_same
 
 import ckptkit
 from ckptkit import args, errors
+from ckptkit.file_list import FILE_LIST
 
 JAX_KEYS = {
     **{impl: lambda impl=impl: jax.random.key(3, impl=impl) for impl in ("threefry2x32", "rbg", "unsafe_rbg")},
@@ -39,6 +40,7 @@ def save_numpy(path, item, name=None):
 
 def edit_json(file, **changes):
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    (file.parents[1] / FILE_LIST).unlink(missing_ok=True)
 
 
 # JAX
@@ -260,5 +262,6 @@ def test_a_description_that_makes_no_jax_key_is_an_error(tmp_path, changes):
 def test_a_description_of_another_kind_is_an_error(tmp_path, text):
     save_jax(tmp_path / "key", jax.random.key(3))
     (tmp_path / "key" / "jax_random_key_metadata" / "metadata").write_text(text)
+    (tmp_path / "key" / FILE_LIST).unlink()
     with pytest.raises(errors.FormatError):
         ckptkit.restore(tmp_path / "key")
