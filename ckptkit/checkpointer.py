@@ -9,12 +9,11 @@ from types import TracebackType
 from typing import Any, Self
 
 import attrs
-from etils import epath
 
-from ckptkit import choosing, commit, discovery, errors, reports
+from ckptkit import _lifetime, choosing, commit, discovery, errors, reports
 from ckptkit.file_list import read_file_list
 from ckptkit.handlers.base import AsyncCheckpointHandler, CheckpointHandler, run_coroutine
-from ckptkit.location import FileLocation, Location
+from ckptkit.location import Location
 from ckptkit.metadata.json import checked_custom
 from ckptkit.metadata.step import StepMetadata
 from ckptkit.options import FileOptions, MultiprocessingOptions
@@ -114,30 +113,22 @@ class Checkpointer:
         self._check_open()
         start = time.monotonic()
         registry = discovery.ready(self._registry)
-        while True:
-            location = choosing.resolved(registry.location(directory))
-            identity = commit.identity(location)
-            tracker = reports.Tracker("restore", location.url, self._notifier.progress)
-            handler = self._handler
-            try:
-                listed = read_file_list(location)
-                tracker.verified = listed is not None
-                if listed is not None:
-                    listed.check(location, choosing.files_asked_for(args, kwargs))
-                handler, restore_args = self._restore_handler(registry, location, args, kwargs)
-                with reports.tracking(tracker):
-                    restored = handler.restore(epath.Path(location.url), args=restore_args)
-            except errors.CheckpointError:
-                if commit.identity(location) == identity:
-                    raise
-            else:
-                if commit.identity(location) == identity:
-                    break
-            finally:
-                tracker.finish()
-                if handler is not None and handler is not self._handler:
-                    handler.close()
-            # Another checkpoint took this one's place meanwhile, and files were opened by path: start over with the new one.
+        for attempt in choosing.attempts(registry, directory):
+            with attempt as location:
+                tracker = reports.Tracker("restore", location.url, self._notifier.progress)
+                handler = self._handler
+                try:
+                    listed = read_file_list(location)
+                    tracker.verified = listed is not None
+                    if listed is not None:
+                        listed.check(location, choosing.files_asked_for(args, kwargs))
+                    handler, restore_args = self._restore_handler(registry, location, args, kwargs)
+                    with reports.tracking(tracker):
+                        restored = handler.restore(location.path, args=restore_args)
+                finally:
+                    tracker.finish()
+                    if handler is not None and handler is not self._handler:
+                        handler.close()
         self._notifier.restored(
             reports.RestoreReport(
                 path=location.url,
@@ -158,19 +149,19 @@ class Checkpointer:
         """
         self._check_open()
         registry = discovery.ready(self._registry)
-        return choosing.read_unswapped(registry, directory, lambda location: self._metadata(registry, location))
-
-    def _metadata(self, registry: Registry, location: Location) -> StepMetadata:
-        listed = read_file_list(location)
-        if listed is not None:
-            listed.check(location, choosing.is_description)
-        step = attrs.evolve(choosing.step_metadata(location), has_checksums=listed is not None)
-        handler = self._handler or choosing.stored_handler(registry, location, self._registry)
-        try:
-            return attrs.evolve(step, item_metadata=handler.metadata(epath.Path(location.url)))
-        finally:
-            if handler is not self._handler:
-                handler.close()
+        for attempt in choosing.attempts(registry, directory):
+            with attempt as location:
+                listed = read_file_list(location)
+                if listed is not None:
+                    listed.check(location, choosing.is_description)
+                step = attrs.evolve(choosing.step_metadata(location), has_checksums=listed is not None)
+                handler = self._handler or choosing.stored_handler(registry, location, self._registry)
+                try:
+                    step = attrs.evolve(step, item_metadata=handler.metadata(location.path))
+                finally:
+                    if handler is not self._handler:
+                        handler.close()
+        return step
 
     def close(self) -> None:
         """Releases the handler; further calls raise `errors.ClosedError`."""
@@ -186,6 +177,7 @@ class Checkpointer:
         self.close()
 
     def _check_open(self) -> None:
+        _lifetime.enter()
         if self._closed:
             raise errors.ClosedError(f"this {type(self).__name__} is closed; make another one.")
 
@@ -208,22 +200,20 @@ class Checkpointer:
             item_handlers=handler.item_typestrs(save_args), init_timestamp_nsecs=time.time_ns(), custom_metadata=custom
         )
         location = registry.location(directory)
-        if not isinstance(location, FileLocation):
-            raise errors.ArgsError(
-                f"{location.url}: this version commits checkpoints in local directories; save to one of those."
-            )
         pending = commit.begin(location, force=force, mode=self._file_options.path_permission_mode)
-        tracker = reports.Tracker("save", location.url, self._notifier.progress)
-        saving = Saving(pending, handler, step, tracker, self._notifier, start, owned=handler is not self._handler)
+        ending: commit.AnyPending | Saving = pending  # whoever ends the save if this call does not
         try:
+            tracker = reports.Tracker("save", location.url, self._notifier.progress)
+            saving = Saving(pending, handler, step, tracker, self._notifier, start, owned=handler is not self._handler)
+            ending = saving
             with reports.tracking(tracker):
-                temporary = epath.Path(pending.temporary.url)
+                temporary = pending.temporary.path
                 if isinstance(handler, AsyncCheckpointHandler):
                     saving.writing = checked_futures(handler, run_coroutine(handler.async_save(temporary, args=save_args)))
                 else:
                     handler.save(temporary, args=save_args)
         except BaseException:
-            saving.abandon()
+            ending.abandon()
             raise
         saving.blocking_secs = time.monotonic() - start
         return saving

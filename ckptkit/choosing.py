@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from ckptkit import args as args_lib
 from ckptkit import commit, errors
-from ckptkit.handlers._stored import args_for_files, item_folders
+from ckptkit.handlers._stored import args_for_files, item_folders, recognised
 from ckptkit.handlers.base import CheckpointHandler
 from ckptkit.index import INDEX_FILE
-from ckptkit.location import FileLocation, Location
+from ckptkit.location import Location
 from ckptkit.metadata.arrays import ARRAYS_DIRECTORY, STRINGS_FILE
 from ckptkit.metadata.sharding import SHARDING_FILE
 from ckptkit.metadata.step import STEP_FILE, StepMetadata, decode_step
@@ -19,19 +19,16 @@ from ckptkit.metadata.tree import TREE_FILE
 from ckptkit.registry import Registry, Use
 
 __all__ = [
+    "attempts",
     "belonging_args",
     "check_not_composite",
     "files_asked_for",
     "is_description",
     "make_handler",
     "one_args",
-    "read_unswapped",
-    "resolved",
     "step_metadata",
     "stored_handler",
 ]
-
-T = TypeVar("T")
 
 
 def one_args(args: tuple[Any, ...], kwargs: dict[str, Any]) -> args_lib.CheckpointArgs | None:
@@ -88,24 +85,16 @@ def make_handler(handler_class: type[CheckpointHandler], registry: Registry | No
     return handler
 
 
-def resolved(location: Location) -> Location:
-    """Where the checkpoint is to be read; see `commit.resolve`."""
-    return commit.resolve(location) if isinstance(location, FileLocation) else location
+def attempts(registry: Registry, path: str | os.PathLike[str]) -> Iterator[commit.Attempt]:
+    """Attempts at reading the checkpoint at a path: see `commit.attempts`."""
+    return commit.attempts(lambda: _resolved(registry, registry.location(path)))
 
 
-def read_unswapped(registry: Registry, path: str | os.PathLike[str], read: Callable[[Location], T]) -> T:
-    """What `read` makes of the checkpoint at a path; where another one takes its place meanwhile, that one is read instead."""
-    while True:
-        location = resolved(registry.location(path))
-        identity = commit.identity(location)
-        try:
-            result = read(location)
-        except errors.CheckpointError:
-            if commit.identity(location) == identity:
-                raise
-        else:
-            if commit.identity(location) == identity:
-                return result
+def _resolved(registry: Registry, location: Location) -> Location:
+    """Where the checkpoint is to be read: see `commit.resolve`; or a single file that a storage backend recognises."""
+    if location.local_path is not None and os.path.isfile(location.local_path) and recognised(registry, location):
+        return location
+    return commit.resolve(location)
 
 
 def step_metadata(location: Location) -> StepMetadata:

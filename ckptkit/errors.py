@@ -19,6 +19,7 @@
     ├── BusyError                (RuntimeError)       another writer holds the destination
     ├── TimeoutError             (builtins.TimeoutError)         a wait that has an end came to it
     ├── ClosedError              (RuntimeError)       use after `close()`
+    ├── ForkedError              (RuntimeError)       use in a process forked from one that had used ckptkit
     └── AsyncSaveError           (RuntimeError)       a background save failed with something that is not ours
 
 A message says what was found, what was expected, the key path or the file, and what to do.
@@ -39,6 +40,7 @@ __all__ = [
     "ConflictError",
     "CorruptCheckpointError",
     "ExistsError",
+    "ForkedError",
     "FormatError",
     "IncompleteError",
     "NotFoundError",
@@ -139,6 +141,10 @@ class TimeoutError(CheckpointError, builtins.TimeoutError):  # noqa: A001 - the 
 
 class ClosedError(CheckpointError, RuntimeError):
     """The object was closed before this call."""
+
+
+class ForkedError(CheckpointError, RuntimeError):
+    """This process was forked from one whose threads and locks it does not have."""
 
 
 class AsyncSaveError(CheckpointError, RuntimeError):

@@ -16,6 +16,7 @@ import attrs
 import xxhash
 
 from ckptkit import errors
+from ckptkit._marker import is_of_commits
 from ckptkit._threads import Workers
 from ckptkit.location import Location
 from ckptkit.metadata import json
@@ -108,7 +109,8 @@ def write_file_list(location: Location, covered: Collection[str], late: Mapping[
       errors.StorageError: a file cannot be read, or the list cannot be written.
     """
     root = f"{location.url.rstrip('/')}/"
-    paths = location.files({url.removeprefix(root) for url in covered})
+    found = location.files({url.removeprefix(root) for url in covered})
+    paths = [path for path in found if not is_of_commits(path)]
     if FILE_LIST in paths:
         raise errors.ArgsError(f"{location.url}: a handler wrote {FILE_LIST!r}, the name of the checkpoint's list of files.")
     with _workers(paths) as workers:

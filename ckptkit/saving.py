@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from concurrent import futures
-from typing import Any
+from typing import Any, Final
 
 import attrs
-from etils import epath
 
-from ckptkit import commit, discovery, errors, reports
+from ckptkit import _lifetime, commit, discovery, errors, reports
 from ckptkit.file_list import write_file_list
 from ckptkit.handlers.base import CheckpointHandler
 from ckptkit.metadata.step import STEP_FILE, StepMetadata, encode_step
 
 __all__ = ["Saving", "checked_futures"]
+
+_STOP_SECS: Final = 60.0
+"""How long writers may take to stop once they are told to."""
 
 
 def checked_futures(handler: CheckpointHandler, returned: Any) -> list[futures.Future[Any]]:
@@ -36,7 +39,7 @@ class Saving:
 
     def __init__(
         self,
-        pending: commit.Pending,
+        pending: commit.AnyPending,
         handler: CheckpointHandler,
         step: StepMetadata,
         tracker: reports.Tracker,
@@ -55,6 +58,12 @@ class Saving:
         self._notifier = notifier
         self._start = start
         self._owned = owned
+        self._taken = threading.Lock()
+        self._under_way = _lifetime.saving(pending.path)
+
+    def take(self) -> bool:
+        """Whether the caller is the one to end this save, with `finish` or `abandon`: the first to ask is."""
+        return self._taken.acquire(blocking=False)
 
     def finish(self) -> None:
         """Waits for the writers, and commits; on any failure nothing is left behind."""
@@ -62,7 +71,7 @@ class Saving:
             for future in self.writing:
                 future.result()
             temporary = self._pending.temporary
-            self._handler.finalize(epath.Path(temporary.url))
+            self._handler.finalize(temporary.path)
             step = attrs.evolve(self._step, commit_timestamp_nsecs=time.time_ns())
             described = encode_step(step)
             # The list before `_CHECKPOINT_METADATA`, which Orbax writes first: `commit.clean` tells the two's leftovers apart.
@@ -85,16 +94,20 @@ class Saving:
         )
 
     def abandon(self) -> None:
-        """Stops the writers, waits until nobody writes any more, and removes what was written."""
+        """Stops the writers, waits until nobody writes any more, and removes what was written.
+
+        Where a writer does not stop, the directory stays, and locked: nobody else may write there while it might.
+        """
         for future in self.writing:
             future.cancel()
         try:
-            futures.wait(self.writing)
+            if not futures.wait(self.writing, _STOP_SECS).not_done:
+                self._pending.abandon()
         finally:
-            self._pending.abandon()
             self._close()
             self._tracker.finish()
 
     def _close(self) -> None:
+        self._under_way.end()
         if self._owned:
             self._handler.close()

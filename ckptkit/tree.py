@@ -12,6 +12,7 @@ from typing import Any
 
 import attrs
 import jax
+from jax.tree_util import DictKey
 
 from ckptkit import errors
 from ckptkit._recent import Recent
@@ -37,21 +38,26 @@ def key_path(keys: Sequence[Key]) -> tuple[str, ...]:
     return tuple([key.name for key in keys])
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, slots=False)  # slots would leave no room for the cached property
 class Structure:
     """The shape of a tree without its leaves.
 
     Attributes:
       treedef: jax's own description; puts leaves back together.
-      keys: per leaf, its keys, outermost first.
+      jax_paths: per leaf, its keys as jax gives them, outermost first.
       paths: per leaf, the names of its keys: how messages show where a leaf is.
       names: per leaf, the same joined with '.', as Orbax names what it stores.
     """
 
     treedef: Any
-    keys: tuple[tuple[Key, ...], ...]
-    paths: tuple[tuple[str, ...], ...]
-    names: tuple[str, ...]
+    jax_paths: Sequence[tuple[Any, ...]]
+    paths: Sequence[tuple[str, ...]]
+    names: Sequence[str]
+
+    @functools.cached_property
+    def keys(self) -> tuple[tuple[Key, ...], ...]:
+        """Per leaf, its keys, outermost first; made when the metadata is, since a caller who waits needs names alone."""
+        return tuple([tuple(map(key_of, path)) for path in self.jax_paths])
 
     def unflatten(self, leaves: Sequence[Any]) -> Any:
         return jax.tree.unflatten(self.treedef, leaves)
@@ -87,9 +93,9 @@ def _structure(tree: Any, treedef: Any) -> Structure:
         with_paths, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_empty_node)
     except Exception as error:
         raise _not_flattened(error) from error
-    keys = tuple([tuple([key_of(key) for key in path]) for path, _ in with_paths])
-    paths = tuple(map(key_path, keys))
-    return Structure(treedef, keys, paths, tuple(map(".".join, paths)))
+    jax_paths = [path for path, _ in with_paths]
+    paths = [tuple([str(key.key) if type(key) is DictKey else key_of(key).name for key in path]) for path in jax_paths]
+    return Structure(treedef, jax_paths, paths, list(map(".".join, paths)))
 
 
 def _not_flattened(error: Exception) -> errors.TreeError:

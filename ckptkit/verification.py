@@ -40,15 +40,14 @@ def verify(path: str | os.PathLike[str], *, registry: Registry | None = None, ob
     """
     notify = discovery.notifier(registry, observers).progress
     registry = discovery.ready(registry)
-
-    def read(location: Location) -> VerifyReport:
-        tracker = Tracker("verify", location.url, notify)
-        try:
-            return _verified(location, registry, tracker)
-        finally:
-            tracker.finish()
-
-    return choosing.read_unswapped(registry, path, read)
+    for attempt in choosing.attempts(registry, path):
+        with attempt as location:
+            tracker = Tracker("verify", location.url, notify)
+            try:
+                report = _verified(location, registry, tracker)
+            finally:
+                tracker.finish()
+    return report
 
 
 def _verified(location: Location, registry: Registry, tracker: Tracker) -> VerifyReport:

@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING
-
-# jax reads these when it starts, so they come before anything imports it; subprocesses of tests inherit them.
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
-
 import hypothesis
-import jax
 import pytest
 
-if TYPE_CHECKING:
-    from ckptkit.registry import Registry
+pytest_plugins = ["ckptkit.testing.fixtures"]
 
 # Saving takes milliseconds to seconds depending on the disk, so no single example is held to a deadline. The same
 # examples are drawn in every run: a failure that a change did not cause would stop that change.
@@ -23,14 +14,8 @@ hypothesis.settings.load_profile("ckptkit")
 
 
 @pytest.fixture
-def registry() -> Registry:
-    """A registry with the built-ins and nothing that another test registered."""
-    from ckptkit.registry import Registry
-
-    return Registry.with_builtins()
-
-
-@pytest.fixture
-def mesh() -> jax.sharding.Mesh:
+def mesh(devices):
     """The eight devices as 4 x 2, axes 'x' and 'y'."""
+    import jax
+
     return jax.make_mesh((4, 2), ("x", "y"))

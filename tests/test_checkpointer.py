@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-import trees
 from etils import epath
 
 import ckptkit
 from ckptkit import args, errors
 from ckptkit.file_list import FILE_LIST
+from ckptkit.testing import abstract, assert_same
 
 TREE = {"w": np.arange(6.0).reshape(2, 3), "step": 7}
 
@@ -25,7 +25,7 @@ TREE = {"w": np.arange(6.0).reshape(2, 3), "step": 7}
 def test_every_kind_of_path_is_taken(tmp_path: Path, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     ckptkit.save(kind(tmp_path / "deep" / "er" / "c"), TREE)
-    trees.assert_same(ckptkit.restore(tmp_path / "deep" / "er" / "c"), TREE)
+    assert_same(ckptkit.restore(tmp_path / "deep" / "er" / "c"), TREE)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_every_kind_of_path_is_taken(tmp_path: Path, kind: Any, monkeypatch: pyt
 )
 def test_every_way_to_save(tmp_path: Path, save: Any) -> None:
     save(tmp_path / "c")
-    trees.assert_same(ckptkit.Checkpointer().restore(tmp_path / "c"), TREE)
+    assert_same(ckptkit.Checkpointer().restore(tmp_path / "c"), TREE)
 
 
 def test_save_args_cast_at_save_and_bound_chunks(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_an_existing_checkpoint_is_kept_unless_forced(tmp_path: Path) -> None:
     ckptkit.save(tmp_path / "c", TREE)
     with pytest.raises(ValueError, match=r"Destination .* already exists.*force=True"):
         ckptkit.save(tmp_path / "c", {"other": 1})
-    trees.assert_same(ckptkit.restore(tmp_path / "c"), TREE)
+    assert_same(ckptkit.restore(tmp_path / "c"), TREE)
     ckptkit.save(tmp_path / "c", {"other": 1}, force=True)
     assert ckptkit.restore(tmp_path / "c") == {"other": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["c"]
@@ -175,7 +175,7 @@ def test_a_missing_optional_file_is_no_error_where_nothing_lists_it(tmp_path: Pa
     with pytest.raises(errors.NotFoundError, match=f"1 of 6 files are missing:\n  {name}: missing"):
         ckptkit.restore(tmp_path / "c")
     (tmp_path / "c" / FILE_LIST).unlink()
-    trees.assert_same(ckptkit.restore(tmp_path / "c"), tree)
+    assert_same(ckptkit.restore(tmp_path / "c"), tree)
 
 
 def test_a_flipped_byte_is_noticed_and_located(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_strict_false_pads_and_truncates(tmp_path: Path) -> None:
     with ckptkit.StandardCheckpointer() as checkpointer:
         target = {
             "a": np.empty((3, 2)),
-            "b": jax.ShapeDtypeStruct((6,), np.float32, sharding=trees.abstract(jnp.ones(1)).sharding),
+            "b": jax.ShapeDtypeStruct((6,), np.float32, sharding=abstract(jnp.ones(1)).sharding),
         }
         restored = checkpointer.restore(tmp_path / "c", target, strict=False)
     np.testing.assert_array_equal(restored["a"], [[0, 1], [3, 4], [0, 0]])
@@ -233,7 +233,7 @@ def test_a_target_decides_type_dtype_and_sharding(tmp_path: Path, mesh: jax.shar
         "d": 1,
         "e": np.arange(8),
     }
-    trees.assert_same(ckptkit.restore(tmp_path / "c", target), expected)
+    assert_same(ckptkit.restore(tmp_path / "c", target), expected)
 
 
 def test_a_target_without_sharding_takes_the_saved_one(tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_a_target_without_sharding_takes_the_saved_one(tmp_path: Path) -> None:
     restored = ckptkit.restore(
         tmp_path / "c", {"a": jax.ShapeDtypeStruct((4,), np.float32), "b": jax.ShapeDtypeStruct((3,), np.int64)}
     )
-    trees.assert_same(restored, {"a": array, "b": np.arange(3)})
+    assert_same(restored, {"a": array, "b": np.arange(3)})
 
 
 def test_a_64_bit_array_bound_for_jax_without_x64_is_an_error_with_the_ways_out(tmp_path: Path) -> None:
@@ -288,19 +288,19 @@ def test_absent_devices_are_an_error_that_names_the_way_out(tmp_path: Path) -> N
     fallback = jax.sharding.SingleDeviceSharding(jax.devices()[3])
     with ckptkit.StandardCheckpointer() as checkpointer:
         restored = checkpointer.restore(tmp_path / "c", fallback_sharding=fallback)
-    trees.assert_same(restored, {"a": jax.device_put(jnp.ones(2), fallback)})
+    assert_same(restored, {"a": jax.device_put(jnp.ones(2), fallback)})
 
 
 def test_none_in_the_target_leaves_a_leaf_unread(tmp_path: Path) -> None:
     ckptkit.save(tmp_path / "c", {"a": np.ones(2), "b": np.ones(3)})
-    trees.assert_same(ckptkit.restore(tmp_path / "c", {"a": None, "b": np.empty(3)}), {"a": None, "b": np.ones(3)})
+    assert_same(ckptkit.restore(tmp_path / "c", {"a": None, "b": np.empty(3)}), {"a": None, "b": np.ones(3)})
 
 
 def test_placeholders_and_partial_restore_leave_leaves_out(tmp_path: Path) -> None:
     ckptkit.save(tmp_path / "c", {"a": np.ones(2), "b": np.ones(3)})
     restored = ckptkit.restore(tmp_path / "c", args.PyTreeRestore({"a": ..., "b": 0}))
-    trees.assert_same(restored, {"a": ..., "b": np.ones(3)})
-    trees.assert_same(ckptkit.restore(tmp_path / "c", args.PyTreeRestore({"b": 0}, partial_restore=True)), {"b": np.ones(3)})
+    assert_same(restored, {"a": ..., "b": np.ones(3)})
+    assert_same(ckptkit.restore(tmp_path / "c", args.PyTreeRestore({"b": 0}, partial_restore=True)), {"b": np.ones(3)})
 
 
 def test_restore_args_say_how_each_leaf_is_restored(tmp_path: Path, mesh: jax.sharding.Mesh) -> None:
@@ -316,8 +316,8 @@ def test_restore_args_say_how_each_leaf_is_restored(tmp_path: Path, mesh: jax.sh
         "b": np.ones(3, np.float16),
         "c": np.ones(2),
     }
-    trees.assert_same(ckptkit.restore(tmp_path / "c", args.PyTreeRestore(restore_args=restore_args)), expected)
-    trees.assert_same(ckptkit.PyTreeCheckpointer().restore(tmp_path / "c", restore_args=restore_args), expected)
+    assert_same(ckptkit.restore(tmp_path / "c", args.PyTreeRestore(restore_args=restore_args)), expected)
+    assert_same(ckptkit.PyTreeCheckpointer().restore(tmp_path / "c", restore_args=restore_args), expected)
 
 
 def test_large_arrays_are_cut_into_chunks_and_come_back(tmp_path: Path, mesh: jax.sharding.Mesh) -> None:
@@ -329,11 +329,11 @@ def test_large_arrays_are_cut_into_chunks_and_come_back(tmp_path: Path, mesh: ja
     tree = {"big": big, "wide": wide, "sharded": sharded, "fortran": np.asfortranarray(wide[:, :1000])}
     ckptkit.save(tmp_path / "c", tree)
     other = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("y", "x"), None))
-    target = {**trees.abstract(tree), "sharded": jax.ShapeDtypeStruct((4000, 3000), np.float32, sharding=other)}
+    target = {**abstract(tree), "sharded": jax.ShapeDtypeStruct((4000, 3000), np.float32, sharding=other)}
     restored = ckptkit.restore(tmp_path / "c", target)
     for name in ("big", "wide", "fortran"):
         np.testing.assert_array_equal(restored[name], tree[name])
-    trees.assert_same(restored["sharded"], jax.device_put(sharded, other))
+    assert_same(restored["sharded"], jax.device_put(sharded, other))
 
 
 def test_custom_metadata_and_leaf_metadata_are_returned(tmp_path: Path) -> None:
@@ -363,7 +363,7 @@ def test_a_closed_checkpointer_says_so(tmp_path: Path) -> None:
 def test_every_key_is_stored_unchanged(tmp_path: Path, name: str) -> None:
     tree = {name: np.arange(3), "other": {name: jnp.ones(2)}}
     ckptkit.save(tmp_path / "c", tree)
-    trees.assert_same(ckptkit.restore(tmp_path / "c"), tree)
+    assert_same(ckptkit.restore(tmp_path / "c"), tree)
 
 
 def test_unreadable_directories_give_one_error_with_the_path(tmp_path: Path) -> None:
@@ -429,10 +429,10 @@ def test_one_word_opens_a_checkpoint_on_whatever_devices_are_here(tmp_path: Path
     _with_devices_of_another_machine(tmp_path / "c")
     with pytest.raises(errors.TopologyError, match=r"devices='local'.*devices='numpy'"):
         ckptkit.restore(tmp_path / "c")
-    trees.assert_same(ckptkit.restore(tmp_path / "c", devices="local"), tree)
+    assert_same(ckptkit.restore(tmp_path / "c", devices="local"), tree)
     host = {**tree, "a": np.arange(4, dtype=np.float32), "k": np.asarray(jax.random.key_data(tree["k"]))}
-    trees.assert_same(ckptkit.restore(tmp_path / "c", devices="numpy"), host)
+    assert_same(ckptkit.restore(tmp_path / "c", devices="numpy"), host)
     target = {**tree, "a": jax.ShapeDtypeStruct((4,), np.float16)}
-    trees.assert_same(ckptkit.restore(tmp_path / "c", target, devices="numpy"), {**tree, "a": np.arange(4, dtype=np.float16)})
+    assert_same(ckptkit.restore(tmp_path / "c", target, devices="numpy"), {**tree, "a": np.arange(4, dtype=np.float16)})
     with pytest.raises(errors.ArgsError, match="'local', 'numpy' or None"):
         ckptkit.restore(tmp_path / "c", devices="gpu")

@@ -11,10 +11,10 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
-from trees import assert_same
 
 import ckptkit
 from ckptkit import args, errors
+from ckptkit.testing import assert_same
 
 ORBAX_TYPESTR = ocp.ArrayCheckpointHandler().typestr()
 

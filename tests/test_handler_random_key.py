@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from trees import assert_same
 
 import ckptkit
 from ckptkit import args, errors
 from ckptkit.file_list import FILE_LIST
+from ckptkit.testing import assert_same
 
 JAX_KEYS = {
     **{impl: lambda impl=impl: jax.random.key(3, impl=impl) for impl in ("threefry2x32", "rbg", "unsafe_rbg")},

@@ -10,12 +10,12 @@ import msgpack
 import numpy as np
 import orbax.checkpoint.msgpack_utils as orbax_msgpack
 import pytest
-import trees
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptkit import errors
 from ckptkit.metadata.msgpack import decode_aggregate
+from ckptkit.testing import strategies
 
 _scalars = st.one_of(
     st.none(),
@@ -27,7 +27,7 @@ _scalars = st.one_of(
     st.builds(np.float32, st.floats(width=32, allow_nan=False)),
 )
 _trees = st.recursive(
-    st.one_of(_scalars, trees.numpy_arrays),
+    st.one_of(_scalars, strategies.numpy_arrays()),
     lambda children: st.one_of(st.lists(children, max_size=4), st.dictionaries(st.text(), children, max_size=4)),
     max_leaves=8,
 )

@@ -14,7 +14,6 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-import trees
 from etils import epath
 from flax import nnx
 from jax.experimental.layout import Format, Layout
@@ -24,6 +23,7 @@ from orbax.checkpoint._src.metadata.pytree_metadata_options import PyTreeMetadat
 import ckptkit
 from ckptkit import args, errors
 from ckptkit.file_list import FILE_LIST
+from ckptkit.testing import assert_same, strategies
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:orbax", "ignore::DeprecationWarning:orbax")
 
@@ -47,7 +47,7 @@ def path(tmp_path: Path) -> Path:
 def test_use_ocdbt_false_writes_plain_zarr_that_orbax_restores(path: Path) -> None:
     _standard(use_ocdbt=False).save(path, {"a": {"b": np.arange(3)}})
     assert (path / "a.b" / ".zarray").is_file()
-    trees.assert_same(ocp.Checkpointer(ocp.StandardCheckpointHandler()).restore(path), {"a": {"b": np.arange(3)}})
+    assert_same(ocp.Checkpointer(ocp.StandardCheckpointHandler()).restore(path), {"a": {"b": np.arange(3)}})
 
 
 @pytest.mark.parametrize("handler", [ckptkit.StandardCheckpointHandler, ckptkit.PyTreeCheckpointHandler])
@@ -62,7 +62,7 @@ def test_trees_come_back_within_small_bounds_of_memory(path: Path, handler: Any)
     tree = {str(i): np.full(1000, i) for i in range(20)}
     checkpointer = ckptkit.Checkpointer(handler(save_concurrent_gb=1e-5, restore_concurrent_gb=1e-5))
     checkpointer.save(path, tree)
-    trees.assert_same(checkpointer.restore(path), tree)
+    assert_same(checkpointer.restore(path), tree)
 
 
 def test_multiprocessing_options_are_taken(path: Path) -> None:
@@ -87,7 +87,7 @@ class _Typed(NamedTuple):
 
 _RICH = {
     "tuple": (np.arange(2), (), [1, (2.5,)]),
-    "pair": trees.Pair(np.ones(2), _Typed(1, None)),
+    "pair": strategies.Pair(np.ones(2), _Typed(1, None)),
     "empty": optax.EmptyState(),
     "dict": {"1": 2, "z": {"y": []}},
 }
@@ -121,7 +121,7 @@ def test_rich_types_come_back_without_a_target(path: Path, writer: Any) -> None:
 
 def test_rich_types_are_lists_and_dicts_unless_asked_for(path: Path) -> None:
     options = ckptkit.options.PyTreeMetadataOptions(support_rich_types=True)
-    _standard(pytree_metadata_options=options).save(path, {"a": (1, trees.Pair(2, 3))})
+    _standard(pytree_metadata_options=options).save(path, {"a": (1, strategies.Pair(2, 3))})
     assert _standard().restore(path) == {"a": [1, {"first": 2, "second": 3}]}
 
 
@@ -172,7 +172,7 @@ def test_empty_containers_beside_leaves_come_back(path: Path) -> None:
 
 def test_without_a_target_containers_become_dicts_and_lists(path: Path) -> None:
     state = flax.struct.dataclass(type("State", (), {"__annotations__": {"w": Any}}))(w=4)
-    _standard().save(path, {"tuple": (1, 2), "pair": trees.Pair(1, 2), "class": state, "numbers": {3: 5}})
+    _standard().save(path, {"tuple": (1, 2), "pair": strategies.Pair(1, 2), "class": state, "numbers": {3: 5}})
     expected = {"tuple": [1, 2], "pair": {"first": 1, "second": 2}, "class": {"w": 4}, "numbers": {"3": 5}}
     assert _standard().restore(path) == expected
 
@@ -191,7 +191,7 @@ def test_masked_nodes_come_back_with_a_target(path: Path) -> None:
 @pytest.mark.parametrize("value", [np.float32(1.5), np.int64(7), np.bool_(True)])
 def test_standard_saves_numpy_scalars_as_arrays(path: Path, value: Any) -> None:
     _standard().save(path, {"a": value})
-    trees.assert_same(_standard().restore(path), {"a": np.asarray(value)})
+    assert_same(_standard().restore(path), {"a": np.asarray(value)})
 
 
 def test_standard_saves_whatever_has_an_array(path: Path) -> None:
@@ -200,7 +200,7 @@ def test_standard_saves_whatever_has_an_array(path: Path) -> None:
             return np.arange(3)
 
     _standard().save(path, {"a": Table()})
-    trees.assert_same(_standard().restore(path), {"a": np.arange(3)})
+    assert_same(_standard().restore(path), {"a": np.arange(3)})
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_dtypes_that_hold_no_numbers_are_refused_before_anything_is_written(tmp_
 def test_an_array_without_elements_comes_back(path: Path) -> None:
     tree = {"a": np.zeros((0, 3), np.float32)}
     _standard().save(path, tree)
-    trees.assert_same(_standard().restore(path), tree)
+    assert_same(_standard().restore(path), tree)
 
 
 @pytest.mark.parametrize("handler", ["Standard", "PyTree"])
@@ -227,7 +227,7 @@ def test_python_complex_numbers_come_back(path: Path, handler: str) -> None:
 
 def test_swapped_bytes_come_back_in_the_machines_order(path: Path) -> None:
     _standard().save(path, {"a": np.arange(3, dtype=">i4")})
-    trees.assert_same(_standard().restore(path), {"a": np.arange(3, dtype="int32")})
+    assert_same(_standard().restore(path), {"a": np.arange(3, dtype="int32")})
 
 
 def test_a_target_of_swapped_bytes_is_met(path: Path) -> None:
@@ -245,7 +245,7 @@ def test_two_trees_that_differ_in_the_order_of_kinds_keep_their_own(tmp_path: Pa
     host, device = np.ones(2, np.float32), jnp.ones(2)
     for i, tree in enumerate([[host, device, host], [host, host, device]]):
         _standard().save(tmp_path / str(i), tree)
-        trees.assert_same(_standard().restore(tmp_path / str(i)), tree)
+        assert_same(_standard().restore(tmp_path / str(i)), tree)
 
 
 def test_save_args_cut_the_axes_asked_for(path: Path) -> None:
@@ -359,7 +359,7 @@ def test_numpy_targets_are_padded_and_truncated(path: Path) -> None:
     _standard().save(path, {"a": np.arange(3), "b": np.arange(3)})
     target = {"a": np.zeros(5, int), "b": np.zeros(2, int)}
     restored = _standard().restore(path, args=args.StandardRestore(target, strict=False))
-    trees.assert_same(restored, {"a": np.array([0, 1, 2, 0, 0]), "b": np.array([0, 1])})
+    assert_same(restored, {"a": np.array([0, 1, 2, 0, 0]), "b": np.array([0, 1])})
 
 
 @pytest.mark.parametrize("handler", ["Standard", "PyTree"])
@@ -369,8 +369,8 @@ def test_tree_metadata_is_a_target(path: Path, handler: str) -> None:
     checkpointer.save(path, tree)
     metadata = checkpointer.metadata(path).item_metadata
     restore = {"Standard": args.StandardRestore, "PyTree": args.PyTreeRestore}[handler]
-    trees.assert_same(checkpointer.restore(path, args=restore(metadata)), tree)
-    trees.assert_same(checkpointer.restore(path, args=restore(metadata.tree)), tree)
+    assert_same(checkpointer.restore(path, args=restore(metadata)), tree)
+    assert_same(checkpointer.restore(path, args=restore(metadata.tree)), tree)
 
 
 def test_metadata_of_a_str_is_a_target(path: Path) -> None:
@@ -387,7 +387,7 @@ def test_metadata_leaves_cannot_be_saved(path: Path, tmp_path: Path) -> None:
 
 def test_a_numpy_scalar_is_a_target(path: Path) -> None:
     _standard().save(path, {"a": 7})
-    trees.assert_same(_standard().restore(path, {"a": np.float32(0)}), {"a": np.float32(7)})
+    assert_same(_standard().restore(path, {"a": np.float32(0)}), {"a": np.float32(7)})
 
 
 def test_a_target_of_text_or_objects_is_refused(path: Path) -> None:
@@ -401,7 +401,7 @@ def test_keys_are_made_of_key_data_alone(path: Path) -> None:
     with pytest.raises(ValueError, match=r"\('a',\): a PRNG key was requested, but what is stored"):
         _standard().restore(path, {"a": jax.random.key(0), "b": jax.random.key(0)})
     target = {"a": np.zeros(3), "b": jax.random.key(0)}
-    trees.assert_same(_standard().restore(path, target)["b"], jax.random.key(5))
+    assert_same(_standard().restore(path, target)["b"], jax.random.key(5))
 
 
 @pytest.mark.parametrize("kind", ["device", "pinned_host", "unpinned_host"])
@@ -448,7 +448,7 @@ def test_nodes_without_keys_come_back_with_their_class(path: Path, writer: Any, 
     target = {"layer": _Module(jnp.zeros(2), np.zeros(3, int))}
     checkpointer = reader.Checkpointer(reader.StandardCheckpointHandler())
     layer = checkpointer.restore(path, args=reader.args.StandardRestore(target))["layer"]
-    trees.assert_same([layer.weight, layer.bias], [jnp.ones(2), np.arange(3)])
+    assert_same([layer.weight, layer.bias], [jnp.ones(2), np.arange(3)])
 
 
 @pytest.mark.parametrize(("writer", "reader"), [(ckptkit, ocp), (ocp, ckptkit), (ckptkit, ckptkit)])
@@ -465,7 +465,7 @@ def test_an_nnx_state_comes_back(path: Path, writer: Any, reader: Any) -> None:
 
 
 def test_array_restore_args_make_a_jax_array_of_whatever_was_saved(path: Path) -> None:
-    sharding = NamedSharding(trees.mesh(), PartitionSpec("data"))
+    sharding = NamedSharding(strategies.mesh(), PartitionSpec("data"))
     _pytree().save(path, {"a": np.arange(8, dtype=np.int32), "b": jnp.arange(8.0)})
     restore_args = {name: ckptkit.ArrayRestoreArgs(sharding=sharding) for name in "ab"}
     restored = _pytree().restore(path, args=args.PyTreeRestore(restore_args=restore_args))
@@ -474,9 +474,9 @@ def test_array_restore_args_make_a_jax_array_of_whatever_was_saved(path: Path) -
 
 def test_array_restore_args_take_a_mesh_and_axes(path: Path) -> None:
     _pytree().save(path, {"a": jnp.arange(8.0)})
-    restore_args = {"a": ckptkit.ArrayRestoreArgs(mesh=trees.mesh(), mesh_axes=PartitionSpec("data"))}
+    restore_args = {"a": ckptkit.ArrayRestoreArgs(mesh=strategies.mesh(), mesh_axes=PartitionSpec("data"))}
     restored = _pytree().restore(path, args=args.PyTreeRestore(restore_args=restore_args))
-    assert restored["a"].sharding == NamedSharding(trees.mesh(), PartitionSpec("data"))
+    assert restored["a"].sharding == NamedSharding(strategies.mesh(), PartitionSpec("data"))
 
 
 def test_array_restore_args_pad_where_they_are_not_strict(path: Path) -> None:
@@ -542,7 +542,7 @@ def test_construct_restore_args_is_orbaxs() -> None:
 
 
 def test_construct_restore_args_takes_shardings_and_options() -> None:
-    sharding = NamedSharding(trees.mesh(), PartitionSpec())
+    sharding = NamedSharding(strategies.mesh(), PartitionSpec())
     target, shardings = {"a": jnp.ones(2), "b": np.ones(2)}, {"a": sharding, "b": None}
     ours = ckptkit.construct_restore_args(target, shardings, set_global_shape=False, strict=False)
     theirs = ocp.checkpoint_utils.construct_restore_args(target, shardings, set_global_shape=False, strict=False)
@@ -553,7 +553,7 @@ def test_construct_restore_args_takes_metadata(path: Path) -> None:
     tree = {"a": jnp.ones(2), "b": np.ones(2), "c": "text", "d": 3}
     _pytree().save(path, tree)
     restore_args = ckptkit.construct_restore_args(_pytree().metadata(path).item_metadata)
-    trees.assert_same(_pytree().restore(path, args=args.PyTreeRestore(restore_args=restore_args)), tree)
+    assert_same(_pytree().restore(path, args=args.PyTreeRestore(restore_args=restore_args)), tree)
 
 
 def test_construct_restore_args_names_a_leaf_that_it_cannot_take() -> None:

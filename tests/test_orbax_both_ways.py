@@ -13,12 +13,12 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-import trees
 from flax.training.train_state import TrainState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ckptkit
+from ckptkit.testing import abstract, assert_same, strategies
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:orbax", "ignore::DeprecationWarning:orbax")
 _paths = (Path(f"example{i}") for i in range(10**9))
@@ -46,28 +46,28 @@ def _has_empty_array(tree: Any) -> bool:
     return any(getattr(leaf, "size", 1) == 0 for leaf in jax.tree.leaves(tree))
 
 
-@given(tree=trees.trees)
+@given(tree=strategies.trees())
 @settings(max_examples=60)
 def test_orbax_restores_what_ckptkit_saved(folder: Path, tree: Any) -> None:
     path = _saved(ckptkit, folder, tree)
-    trees.assert_same(_restored(ocp, path, trees.abstract(tree)), tree)
-    trees.assert_same(_restored(ocp, path), _restored(ckptkit, path))
+    assert_same(_restored(ocp, path, abstract(tree)), tree)
+    assert_same(_restored(ocp, path), _restored(ckptkit, path))
 
 
-@given(tree=trees.trees.filter(lambda tree: not _has_empty_array(tree)))
+@given(tree=strategies.trees().filter(lambda tree: not _has_empty_array(tree)))
 @settings(max_examples=60)
 def test_ckptkit_restores_what_orbax_saved(folder: Path, tree: Any) -> None:
     path = _saved(ocp, folder, tree)
-    trees.assert_same(_restored(ckptkit, path, trees.abstract(tree)), tree)
-    trees.assert_same(_restored(ckptkit, path), _restored(ocp, path))
+    assert_same(_restored(ckptkit, path, abstract(tree)), tree)
+    assert_same(_restored(ckptkit, path), _restored(ocp, path))
 
 
-@given(tree=trees.trees)
+@given(tree=strategies.trees())
 @settings(max_examples=60)
 def test_ckptkit_restores_what_ckptkit_saved(folder: Path, tree: Any) -> None:
     path = _saved(ckptkit, folder, tree)
-    trees.assert_same(_restored(ckptkit, path, trees.abstract(tree)), tree)
-    trees.assert_same(_restored(ckptkit, path, tree), tree)
+    assert_same(_restored(ckptkit, path, abstract(tree)), tree)
+    assert_same(_restored(ckptkit, path, tree), tree)
 
 
 def _train_state() -> TrainState:
@@ -120,25 +120,25 @@ def test_ckptkit_restores_a_pytree_checkpoint_with_strings_and_zarr3_from_orbax(
     ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_zarr3=True)).save(tmp_path / "c", tree)
     restored = ckptkit.Checkpointer().restore(tmp_path / "c")
     expected = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(tmp_path / "c")
-    trees.assert_same(restored, expected)
+    assert_same(restored, expected)
 
 
 def test_orbax_restores_strings_and_zarr3_from_ckptkit(tmp_path: Path) -> None:
     tree = {"name": "run 7", "a/b": {"c": "x"}, "w": jnp.arange(6.0), "n": np.float32(2.5), "step": 3}
     ckptkit.Checkpointer(ckptkit.PyTreeCheckpointHandler(use_zarr3=True)).save(tmp_path / "c", tree)
     restored = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(tmp_path / "c")
-    trees.assert_same(restored, ckptkit.Checkpointer().restore(tmp_path / "c"))
+    assert_same(restored, ckptkit.Checkpointer().restore(tmp_path / "c"))
 
 
-@given(dtype=st.sampled_from(trees.NUMPY_DTYPES), shape=st.sampled_from([(), (0,), (3, 0, 2), (5,), (2, 3)]))
+@given(dtype=st.sampled_from(strategies.NUMPY_DTYPES), shape=st.sampled_from([(), (0,), (3, 0, 2), (5,), (2, 3)]))
 def test_every_dtype_and_degenerate_shape_reaches_orbax(folder: Path, dtype: Any, shape: tuple[int, ...]) -> None:
-    tree = {"x": trees.values(shape, dtype, 1)}
-    trees.assert_same(_restored(ocp, _saved(ckptkit, folder, tree)), tree)
+    tree = {"x": strategies.values(shape, dtype, 1)}
+    assert_same(_restored(ocp, _saved(ckptkit, folder, tree)), tree)
 
 
 @pytest.mark.parametrize("writer", [ckptkit, ocp])
 def test_numpy_scalars_come_back_as_orbax_returns_them(tmp_path: Path, writer: Any) -> None:
     tree = {"f": np.float32(1.5), "d": np.float64(2.5), "i": np.int8(-3), "b": np.bool_(True), "c": np.complex64(1j)}
     path = _saved(writer, tmp_path, tree)
-    trees.assert_same(_restored(ckptkit, path), _restored(ocp, path))
-    trees.assert_same(_restored(ckptkit, path), jax.tree.map(np.asarray, tree))
+    assert_same(_restored(ckptkit, path), _restored(ocp, path))
+    assert_same(_restored(ckptkit, path), jax.tree.map(np.asarray, tree))

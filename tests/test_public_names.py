@@ -22,6 +22,7 @@ NAMES = {
     ".handlers": """ArrayCheckpointHandler AsyncCheckpointHandler CheckpointHandler CompositeCheckpointHandler
         JaxRandomKeyCheckpointHandler JsonCheckpointHandler NumpyRandomKeyCheckpointHandler PyTreeCheckpointHandler
         StandardCheckpointHandler""",
+    ".testing": "CheckpointHandlerTests StorageBackendTests TypeHandlerTests abstract assert_same",
     ".metadata": """ArrayMetadata Metadata ScalarMetadata ShardingMetadata StepMetadata StorageMetadata StringMetadata
         TreeMetadata""",
 }

@@ -18,13 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-import trees
 
 import ckptkit
 from ckptkit import args, cli, commit, errors
 from ckptkit.file_list import FILE_LIST
 from ckptkit.location import FileLocation
 from ckptkit.reports import ProgressEvent, RestoreReport
+from ckptkit.testing import abstract, assert_same
 
 TREE = {
     "w": np.arange(400.0),
@@ -164,7 +164,7 @@ def test_absence_of_the_list_is_no_error_and_visible(tmp_path: Path) -> None:
         assert not checkpointer.metadata(tmp_path / "theirs").has_checksums
         (path / FILE_LIST).unlink()
         assert not checkpointer.metadata(path).has_checksums
-    trees.assert_same(ckptkit.restore(path), TREE)
+    assert_same(ckptkit.restore(path), TREE)
 
 
 def test_a_damaged_item_does_not_hold_back_the_others(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_the_error_tells_what_is_damaged_and_what_is_whole(tmp_path: Path, use_o
 
 
 def _with_target(path: Path) -> Any:
-    return ckptkit.restore(path, trees.abstract(TREE), on_corrupt="skip")
+    return ckptkit.restore(path, abstract(TREE), on_corrupt="skip")
 
 
 def _partial(path: Path) -> Any:
@@ -232,7 +232,7 @@ def test_skip_restores_the_healthy_rest(tmp_path: Path, options: dict[str, bool]
         spoil(path, BYTES)
     with pytest.warns(UserWarning, match=r"1 of 6 leaves differ.*\n  \('w',\).*(.|\n)*`\.\.\.` in the restored tree"):
         restored = restore(path)
-    trees.assert_same(restored, {**TREE, "w": ckptkit.checkpoint_utils.PLACEHOLDER})
+    assert_same(restored, {**TREE, "w": ckptkit.checkpoint_utils.PLACEHOLDER})
 
 
 def test_skip_tells_observers_which_leaves_it_left_out(tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_skip_leaves_out_arrays_that_are_gone(tmp_path: Path) -> None:
     with pytest.raises(errors.NotFoundError):
         ckptkit.restore(path)
     with pytest.warns(UserWarning, match="2 of 6 leaves"):
-        trees.assert_same(ckptkit.restore(path, on_corrupt="skip"), {**TREE, "w": ..., "n": ...})
+        assert_same(ckptkit.restore(path, on_corrupt="skip"), {**TREE, "w": ..., "n": ...})
 
 
 def test_on_corrupt_is_one_of_two_words(tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_on_corrupt_is_one_of_two_words(tmp_path: Path) -> None:
 
 
 def test_a_whole_checkpoint_restores_without_a_warning(tmp_path: Path) -> None:
-    trees.assert_same(ckptkit.restore(save(tmp_path / "c"), on_corrupt="skip"), TREE)
+    assert_same(ckptkit.restore(save(tmp_path / "c"), on_corrupt="skip"), TREE)
 
 
 # One bit in every byte
@@ -302,7 +302,7 @@ def test_no_flipped_bit_anywhere_restores_a_wrong_value(tmp_path: Path, kind: st
             for at in range(len(data) % step, len(data), step):
                 flip(file, at, at % 8)
                 try:
-                    trees.assert_same(dict(checkpointer.restore(tmp_path / "c")), expected)
+                    assert_same(dict(checkpointer.restore(tmp_path / "c")), expected)
                 except errors.CheckpointError:
                     noticed += 1
                 except BaseException as error:
@@ -476,7 +476,7 @@ def test_a_terminal_sees_progress(tmp_path: Path, tqdm: str) -> None:
 def _leftover(path: Path) -> Path:
     pending = commit.begin(FileLocation(path), force=True, mode=None)
     pending.temporary.write_bytes("d/half", b"half")
-    os.close(pending._lock)  # what the death of the process does
+    pending._lock.close()  # what the death of the process does
     return path.with_name(f"{path.name}.orbax-checkpoint-tmp")
 
 
@@ -516,7 +516,7 @@ def test_clean_finishes_interrupted_overwrites(tmp_path: Path) -> None:
     report = ckptkit.clean(tmp_path)
     assert (report.restored, len(report.removed)) == ([str(tmp_path / "a")], 2)
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
-    trees.assert_same(ckptkit.restore(tmp_path / "a"), TREE)
+    assert_same(ckptkit.restore(tmp_path / "a"), TREE)
 
 
 def test_clean_prints_what_it_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -533,7 +533,7 @@ def test_clean_prints_what_it_does(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize("use_ocdbt", [True, False])
 def test_orbax_verifies_chunks_with_zarrs_own_checksum(tmp_path: Path, use_ocdbt: bool) -> None:
     path = save(tmp_path / "c", use_ocdbt=use_ocdbt, use_zarr3=True, zarr3_crc32c=True)
-    trees.assert_same(ckptkit.restore(path), TREE)
+    assert_same(ckptkit.restore(path), TREE)
     assert _read_by_orbax(path) == TREE["w"].tolist()
     spoil(path, BYTES)
     assert re.search("crc|checksum|digest", str(_read_by_orbax(path)), re.IGNORECASE)

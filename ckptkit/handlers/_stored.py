@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from ckptkit import args as args_lib
-from ckptkit import errors
+from ckptkit import errors, tree
 from ckptkit._gc import paused_gc
 from ckptkit.grid import Array, ArraySpec, Index
 from ckptkit.handlers._legacy import Aggregate, ArraysReader, document_of_names, read_aggregate
@@ -19,12 +19,12 @@ from ckptkit.location import Location
 from ckptkit.metadata import arrays as array_documents
 from ckptkit.metadata import sharding as sharding_documents
 from ckptkit.metadata.msgpack import AGGREGATE_FILE
-from ckptkit.metadata.tree import TREE_FILE, Entry, TreeDocument, decode_tree, is_empty_node
+from ckptkit.metadata.tree import TREE_FILE, Entry, Key, TreeDocument, decode_tree, is_empty_node
 from ckptkit.options import OnCorrupt
 from ckptkit.registry import Registry
 from ckptkit.storage.base import Reader, StorageBackend
 
-__all__ = ["StoredTree", "args_for_files", "item_folders"]
+__all__ = ["StoredTree", "args_for_files", "item_folders", "recognised"]
 
 _JSON_FILE = "metadata"
 
@@ -58,14 +58,14 @@ def _args_for_marks(location: Location) -> type[args_lib.CheckpointArgs] | None:
 
 def _names_tell(location: Location, registry: Registry) -> bool:
     """Whether there are arrays whose names alone make a tree."""
-    if (backend := _backend(location, registry)) is None:
+    if (backend := recognised(registry, location)) is None:
         return False
     with contextlib.closing(backend.reader(location)) as reader:
-        return document_of_names(location, list(reader.arrays())) is not None
+        return document_of_names(location, list(reader.arrays()), backend.keys_of) is not None
 
 
-def _backend(location: Location, registry: Registry) -> StorageBackend | None:
-    """The storage backend that recognises the arrays in a directory, if one does."""
+def recognised(registry: Registry, location: Location) -> StorageBackend | None:
+    """The storage backend that recognises the arrays in a directory, or a file, if one does."""
     return next((backend for backend in registry.storages() if backend.recognises(location)), None)
 
 
@@ -77,6 +77,7 @@ class StoredTree:
       document: what `_METADATA` says, or what stands in for it in older checkpoints.
       index: checksums and type strings; None where another program wrote the checkpoint.
       reader: gives the chunks.
+      only_names: joined names are all that is stored of the tree, so that empty nodes cannot be told, nor keys that hold a '.'.
       lost: what is wrong with leaves that `found` gave up, by key path.
     """
 
@@ -102,6 +103,7 @@ class StoredTree:
             self.reader = ArraysReader(self._aggregate.arrays, self.reader)
         try:
             self._arrays: Mapping[str, ArraySpec] = self._listed_arrays()
+            self.only_names = recorded is None
             self.document: TreeDocument = recorded or self._inferred()
             self._shardings = self._optional(sharding_documents.SHARDING_FILE, sharding_documents.decode_file, {})
             self._strings = self._optional(array_documents.STRINGS_FILE, self._decode_strings, {})
@@ -184,10 +186,18 @@ class StoredTree:
         Raises:
           errors.NotFoundError: they do not, since the writer had other files to tell of it.
         """
-        document = None if self.index is not None else document_of_names(self.location, list(self._arrays))
+        backend = recognised(self._registry, self.location)
+        document = None
+        if self.index is None and backend is not None:
+            document = document_of_names(self.location, list(self._arrays), backend.keys_of)
         if document is None:
             raise self._no_tree()
         return document
+
+    def path(self, keys: Sequence[Key]) -> tuple[str, ...]:
+        """What tells a leaf from the others: its keys; where joined names are all that is stored, its name."""
+        path = tree.key_path(keys)
+        return (".".join(path),) if self.only_names else path
 
     def _no_tree(self) -> errors.NotFoundError:
         items = item_folders(self.location, self._registry)
@@ -234,7 +244,7 @@ class StoredTree:
         return records
 
     def _open(self) -> Reader:
-        if (backend := _backend(self.location, self._registry)) is not None:
+        if (backend := recognised(self._registry, self.location)) is not None:
             return backend.reader(self.location)
         if self._aggregate is None and not self.location.exists(TREE_FILE):
             raise self._no_tree()

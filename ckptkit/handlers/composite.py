@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CompositeCheckpointHandler"]
 
-_TAKEN = (FILE_LIST, "commit_success.txt", "orbax.checkpoint")
+_TAKEN = (FILE_LIST, "ckptkit_writer.txt", "commit_success.txt", "orbax.checkpoint")
 
 
 class CompositeCheckpointHandler(AsyncCheckpointHandler):
@@ -141,13 +141,14 @@ class CompositeCheckpointHandler(AsyncCheckpointHandler):
         return handler, args_lib.make_args(classes[0], (), {})
 
     def _handler_to_restore(self, registry: Registry, stored: _Stored, name: str, args: Any) -> CheckpointHandler:
+        folder = stored.location.child(name)  # refuses one that leads out of the checkpoint, whoever reads it
         if given := self._given_handler(name):
             return given
         if args is not None:
             return self._make(name, registry.handler_for_args(args, use="restore"))
         if typestr := stored.typestrs.get(name):
             return self._make(name, registry.handler_for_typestr(typestr))
-        if (args_class := args_for_files(stored.location.child(name), registry)) is not None:
+        if (args_class := args_for_files(folder, registry)) is not None:
             return self._make(name, registry.handler_for_args(args_class, use="restore"))
         raise errors.FormatError(
             f"{stored.location.url}: nothing tells how item {name!r} was saved; give its args: Composite({name}=JsonRestore())."

@@ -40,7 +40,7 @@ class PyTreeCheckpointHandler(AsyncCheckpointHandler):
 
     further_typestrs = ("orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTreeHandler",)
 
-    def __init__(  # noqa: PLR0913 - Orbax's arguments, and two more
+    def __init__(  # noqa: PLR0913 - what Orbax takes, and what it does not have
         self,
         *,
         save_concurrent_gb: float | None = None,
@@ -52,6 +52,7 @@ class PyTreeCheckpointHandler(AsyncCheckpointHandler):
         zarr3_crc32c: bool = False,
         use_compression: bool = False,
         storage: str | None = None,
+        target_data_file_size: int | None = None,
     ) -> None:
         """Sets what holds for every save and restore of this handler.
 
@@ -68,9 +69,11 @@ class PyTreeCheckpointHandler(AsyncCheckpointHandler):
           use_compression: compress chunks with zstd at level 1: less on disk for values that repeat, several times slower, and
             8 % smaller for random floats, which is why this is off unless asked for (Orbax compresses unless told not to).
           storage: name of the storage backend; 'ocdbt' where it is None.
+          target_data_file_size: bytes after which a backend that packs arrays into files starts the next; None is the backend's
+            own default.
 
         Raises:
-          errors.ArgsError: a bound that is not above 0, or `zarr3_crc32c` without `use_zarr3`.
+          errors.ArgsError: a bound or a size that is not above 0, or `zarr3_crc32c` without `use_zarr3`.
         """
         self._save_bytes = _bytes("save_concurrent_gb", save_concurrent_gb)
         self._restore_bytes = _bytes("restore_concurrent_gb", restore_concurrent_gb)
@@ -78,7 +81,10 @@ class PyTreeCheckpointHandler(AsyncCheckpointHandler):
         self._rich = (pytree_metadata_options or PyTreeMetadataOptions()).support_rich_types
         self._storage = storage or ("ocdbt" if use_ocdbt else "zarr")
         self._options = StorageOptions(
-            use_zarr3=use_zarr3, compression="zstd" if use_compression else None, zarr3_crc32c=zarr3_crc32c
+            use_zarr3=use_zarr3,
+            compression="zstd" if use_compression else None,
+            zarr3_crc32c=zarr3_crc32c,
+            target_data_file_size=target_data_file_size,
         )
 
     @classmethod
@@ -99,7 +105,9 @@ class PyTreeCheckpointHandler(AsyncCheckpointHandler):
         """What `async_save` does, for leaves as `rules` want them."""
         registry = discovery.ready(self.registry)
         custom_metadata = checked_custom(args.custom_metadata, "custom_metadata")
-        options = attrs.evolve(self._options, target_data_file_size=args.ocdbt_target_data_file_size)
+        options = self._options
+        if args.ocdbt_target_data_file_size is not None:
+            options = attrs.evolve(options, target_data_file_size=args.ocdbt_target_data_file_size)
         with paused_gc():
             plan, values = plan_save(
                 args.item, args.save_args, registry, registry.storage(self._storage), options, self._save_bytes, rules
@@ -234,27 +242,28 @@ class _Wanted:
         requests = values if target is None else [None] * len(values)
         if target is not None and restore_args is not None:
             requests = tree.flatten_alike(structure, restore_args, "restore_args")
-        entries = {tree.key_path(entry.keys): entry for entry in self._stored.document.entries}
-        paths = [tree.key_path(keys) for keys in structure.keys]
-        missing = [str(path) for path, value in zip(paths, values, strict=True) if path not in entries and value is not ...]
+        entries = {self._stored.path(entry.keys): entry for entry in self._stored.document.entries}
+        paths = [(name,) for name in structure.names] if self._stored.only_names else structure.paths
+        absent = [(path, value) for path, value in zip(paths, values, strict=True) if path not in entries and value is not ...]
+        missing = [str(path) for path, value in absent if not (self._stored.only_names and tree.is_empty_node(value))]
         unexpected = [] if partial else [str(path) for path in entries.keys() - set(paths)]
         mismatched: list[str] = []
         if not missing:
             for position, (path, value) in enumerate(zip(paths, values, strict=True)):
                 self.values.append(value)
                 if value is ... or (
-                    target is not None and (value is None or self._is_empty_too(path, entries[path], value, mismatched))
+                    target is not None and (value is None or self._is_empty_too(path, entries.get(path), value, mismatched))
                 ):
                     continue
                 self._add(position, path, entries[path], value if target is not None else None, requests[position], mismatched)
         self._refuse(missing, sorted(unexpected), mismatched)
         return structure
 
-    def _is_empty_too(self, path: tuple[str, ...], entry: Entry, value: Any, mismatched: list[str]) -> bool:
+    def _is_empty_too(self, path: tuple[str, ...], entry: Entry | None, value: Any, mismatched: list[str]) -> bool:
         """Whether the target has an empty node here; one where a leaf is stored does not fit."""
         if not tree.is_empty_node(value):
             return False
-        if not is_empty_node(entry):
+        if entry is not None and not is_empty_node(entry):
             mismatched.append(
                 f"{path}: an empty {type(value).__name__} was asked for, but a leaf is stored; None leaves it unread"
             )

@@ -27,7 +27,7 @@ __all__ = ["StandardCheckpointHandler"]
 class StandardCheckpointHandler(AsyncCheckpointHandler):
     """Saves trees of jax.Array, np.ndarray, int, float and bool, and of leaf types that plugins add."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - those of `PyTreeCheckpointHandler`
         self,
         *,
         save_concurrent_gb: float = 96,
@@ -38,6 +38,7 @@ class StandardCheckpointHandler(AsyncCheckpointHandler):
         use_zarr3: bool = False,
         zarr3_crc32c: bool = False,
         storage: str | None = None,
+        target_data_file_size: int | None = None,
     ) -> None:
         """The arguments are those of `PyTreeCheckpointHandler`."""
         self._pytree = PyTreeCheckpointHandler(
@@ -49,6 +50,7 @@ class StandardCheckpointHandler(AsyncCheckpointHandler):
             use_zarr3=use_zarr3,
             zarr3_crc32c=zarr3_crc32c,
             storage=storage,
+            target_data_file_size=target_data_file_size,
         )
 
     @property

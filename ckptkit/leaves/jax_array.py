@@ -38,20 +38,29 @@ class JaxArrayHandler(TypeHandler[jax.Array]):
     orbax_typestr = "jax.Array"
 
     def describe(self, leaves: Sequence[Leaf]) -> Sequence[LeafSpec | Problem]:
+        problems = _problems([leaf.value for leaf in leaves])
         layouts: dict[Any, _Layout] = {}
-        return [_problem(leaf.value) or _describe(leaf, layouts) for leaf in leaves]
+        if not problems:
+            return [_describe(leaf, layouts) for leaf in leaves]
+        return [problems.get(i) or _describe(leaf, layouts) for i, leaf in enumerate(leaves)]
 
     def signature(self, leaves: Sequence[jax.Array]) -> Hashable | None:
-        if any(map(_problem, leaves)):
+        if _problems(leaves):
             return None
-        return tuple([(leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves])
+        numbers: dict[Any, int] = {}
+        shardings = [leaf.sharding for leaf in leaves]
+        # By identity, since to hash a sharding takes longer than all the rest, and arrays of a tree share a few of them.
+        kinds = [(leaf.shape, leaf.dtype, id(sharding)) for leaf, sharding in zip(leaves, shardings, strict=True)]
+        numbered = tuple([numbers.setdefault(kind, len(numbers)) for kind in kinds])
+        by_id = {id(sharding): sharding for sharding in shardings}
+        return numbered, tuple([(shape, dtype, by_id[number]) for shape, dtype, number in numbers])
 
     def owned(self, leaves: Sequence[Leaf], specs: Sequence[LeafSpec], job: Job) -> Sequence[Sequence[Index]]:
         known: dict[Any, Sequence[Index]] = {}
         owned = []
-        for leaf, spec in zip(leaves, specs, strict=True):
+        for spec in specs:
             assert spec.array is not None
-            key = (spec.array.shape, spec.array.chunk_shape, leaf.value.sharding)
+            key = spec.array[1:]
             if (cells := known.get(key)) is None:
                 cells = known[key] = list(chunk_indices(spec.array))
             owned.append(cells)
@@ -62,22 +71,19 @@ class JaxArrayHandler(TypeHandler[jax.Array]):
         return [0 if is_view(leaf, spec) else index_nbytes(spec.array, index) for leaf, spec, index in pieces if spec.array]
 
     def stage(self, pieces: Sequence[tuple[jax.Array, LeafSpec, Index]]) -> Sequence[Array]:
-        is_view = _viewed()
-        for leaf, spec, _ in pieces:
-            if not is_view(leaf, spec):
-                _raw(leaf).copy_to_host_async()  # so that the transfers of a batch overlap
+        _start_transfers([leaf for leaf, _, _ in pieces])
         cutters: dict[int, Callable[[Index], Array]] = {}
         staged = []
-        for leaf, spec, index in pieces:
-            assert spec.array is not None
-            if spec.array.chunk_shape == leaf.shape and not _is_key(leaf):
-                data = np.asarray(leaf)  # one cell, so one shard
+        for leaf, (_, array, *_), index in pieces:
+            assert array is not None
+            if array.chunk_shape == leaf.shape:  # one cell, so one shard; a key's data has an axis more than the key
+                data = np.asarray(leaf)
             else:
                 if (cut := cutters.get(id(leaf))) is None:
                     cut = cutters[id(leaf)] = _cutter(_raw(leaf))
                 data = cut(index)
-            if data.dtype != spec.array.dtype:
-                data = data.astype(spec.array.dtype)
+            if data.dtype != array.dtype:
+                data = data.astype(array.dtype)
             staged.append(data if data.flags.c_contiguous else np.ascontiguousarray(data))
         return staged
 
@@ -127,6 +133,17 @@ class _Layout(NamedTuple):
     extra: Mapping[str, Any]
 
 
+def _problems(values: Sequence[Any]) -> Mapping[int, Problem]:
+    """What is wrong, by position. Where nothing is, a question to all of them tells; asking 10,000 one by one takes long."""
+    kinds = set(map(type, values))
+    if all(issubclass(kind, jax.Array) and not issubclass(kind, jax.core.Tracer) for kind in kinds):
+        shardings: dict[int, Any] = {id(sharding): sharding for sharding in [value.sharding for value in values]}
+        here = all(sharding.is_fully_addressable for sharding in shardings.values())
+        if here and not any(value.is_deleted() for value in values):
+            return {}
+    return {i: problem for i, value in enumerate(values) if (problem := _problem(value))}
+
+
 def _problem(value: Any) -> Problem | None:
     if isinstance(value, jax.core.Tracer):
         return Problem("a traced value has no data; save outside of jit, grad and vmap.")
@@ -140,10 +157,10 @@ def _problem(value: Any) -> Problem | None:
 
 
 def _describe(leaf: Leaf, layouts: dict[Any, _Layout]) -> LeafSpec:
-    value, args = leaf.value, leaf.save_args or _DEFAULT_ARGS
-    key = (value.shape, value.dtype, value.sharding, args.dtype, args.chunk_byte_size, args.shard_axes)
+    value = leaf.value
+    key = (value.shape, value.dtype, id(value.sharding), id(leaf.save_args))  # the leaves hold on to both
     if (layout := layouts.get(key)) is None:
-        layout = layouts[key] = _layout(value, args)
+        layout = layouts[key] = _layout(value, leaf.save_args or _DEFAULT_ARGS)
     array = ArraySpec(leaf.name, layout.shape, layout.dtype, layout.chunk_shape)
     return LeafSpec("jax.Array", array, sharding=layout.sharding, extra=layout.extra)
 
@@ -164,6 +181,16 @@ def _is_key(value: Any) -> bool:
 
 def _raw(value: jax.Array) -> jax.Array:
     return jax.random.key_data(value) if _is_key(value) else value
+
+
+def _start_transfers(values: Sequence[jax.Array]) -> None:
+    """Starts to copy arrays to the host, so that the transfers of a batch overlap; on the CPU there is nothing to copy."""
+    shardings: dict[int, Any] = {id(sharding): sharding for sharding in [value.sharding for value in values]}
+    away = {number for number, sharding in shardings.items() if next(iter(sharding.device_set)).platform != "cpu"}
+    if away:
+        for value in values:
+            if id(value.sharding) in away:
+                _raw(value).copy_to_host_async()
 
 
 def _viewed() -> Callable[[jax.Array, LeafSpec], bool]:
@@ -231,7 +258,7 @@ def _goals(specs: Sequence[LeafSpec], requests: Sequence[RestoreArgs]) -> list[_
     goals = []
     for spec, request in zip(specs, requests, strict=True):
         stored = spec.array and (spec.array.shape, spec.array.dtype)
-        key: tuple[Any, ...] = (stored, id(spec.sharding), spec.extra.get(_KEY_IMPL), request.dtype, id(request.defaults))
+        key: tuple[Any, ...] = (stored, id(spec.sharding), repr(spec.extra.get(_KEY_IMPL)), request.dtype, id(request.defaults))
         if isinstance(request, ArrayRestoreArgs):
             key += (request.global_shape, request.shape, id(request.sharding))
             key += (id(request.mesh), request.mesh_axes, request.strict)
@@ -273,10 +300,12 @@ def _goal(spec: LeafSpec, request: RestoreArgs) -> _Goal | Problem:
 def _wanted_key(spec: LeafSpec, request: RestoreArgs) -> str | Problem | None:
     """The implementation of the typed key to make; None for a plain array."""
     stored, dtype = spec.extra.get(_KEY_IMPL), request.dtype
-    if dtype is None:
-        return stored if stored is None or isinstance(stored, str) else Problem(f"unknown PRNG key implementation {stored!r}.")
-    if not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+    if dtype is not None and not jnp.issubdtype(dtype, jax.dtypes.prng_key):
         return None
+    if stored is not None and not (isinstance(stored, str) and _is_key_data(spec.array, stored)):
+        return Problem(f"recorded as a PRNG key of implementation {stored!r:.80}, of which what is stored here is not the data.")
+    if dtype is None:
+        return stored
     for impl in dict.fromkeys([stored or _KEY_IMPLS[0], *_KEY_IMPLS]):
         made = _abstract_key(impl)
         if made is not None and made.dtype == dtype and stored in (None, impl):
@@ -300,7 +329,9 @@ def _abstract_key(impl: str) -> Any:
 
 
 def _is_key_data(array: ArraySpec | None, impl: str) -> bool:
-    """Whether a stored array can be wrapped as typed keys."""
+    """Whether a stored array can be wrapped as typed keys of an implementation, which jax may not know."""
+    if _abstract_key(impl) is None:
+        return False
     data = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=impl)))
     return array is not None and array.dtype == data.dtype and array.shape[-1:] == data.shape
 

@@ -7,12 +7,11 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
 
-import numpy as np
-
 from ckptkit import errors
 from ckptkit.grid import Array, ArraySpec, Index, chunk_indices, index_nbytes, index_shape
 from ckptkit.index import IndexDocument
 from ckptkit.pipeline.limits import BATCH_BYTE_SIZE, BATCH_LEAVES
+from ckptkit.pipeline.memory import aligned_empty
 from ckptkit.storage.base import Reader
 
 __all__ = ["ChunkRead", "check_arrays", "chunk_problems", "is_damage"]
@@ -79,12 +78,12 @@ def check_arrays(
     """Reads every chunk of every array: the array's position, the chunk, and what is wrong with it.
 
     Raises:
-      errors.StorageError: chunks cannot be read now.
+      errors.StorageError: chunks cannot be read now, or there is no memory for one.
     """
     ahead: list[tuple[Sequence[tuple[int, Index]], Sequence[ChunkRead], Future[None]]] = []
     for batch in [*_batches(arrays), ()]:
         if batch:
-            made = [ChunkRead(arrays[i], cell, np.empty(index_shape(cell), arrays[i].dtype)) for i, cell in batch]
+            made = [ChunkRead(arrays[i], cell, aligned_empty(index_shape(cell), arrays[i].dtype)) for i, cell in batch]
             ahead.append((batch, made, reader.read([(array.name, cell, out) for array, cell, out in made])))
         if ahead and (not batch or len(ahead) > 1):
             places, chunks, reading = ahead.pop(0)

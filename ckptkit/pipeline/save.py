@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
@@ -107,7 +108,10 @@ def start_save(
     try:
         for handler, batch in [(group.handler, batch) for group in plan.groups for batch in group.batches]:
             if not budget.fits(batch.held) and not writer.ident:
-                writer.start()
+                with contextlib.suppress(RuntimeError):
+                    writer.start()
+                if not writer.ident:
+                    budget.close()  # nobody would release any of it
             budget.acquire(batch.held)
             if result.done():
                 break
@@ -122,7 +126,10 @@ def start_save(
         raise
     batches.put(None)
     if not writer.ident:
-        writer.start()
+        with contextlib.suppress(RuntimeError):  # Python 3.12 starts none once the main thread has ended
+            writer.start()
+    if not writer.ident:
+        writer.run()  # then the caller writes, once everything is staged, whatever memory that took
     return result
 
 
@@ -160,13 +167,14 @@ def _write(
     """The writing thread: what is staged goes to the backend, then the documents go to the location."""
     checksums = {array.name: Checksums(array) for array in plan.arrays}
     try:
-        writer = plan.backend.writer(location, plan.arrays, plan.options, Job())
+        _check_wanted(result)  # an interrupted caller that saw no thread yet has not waited for this one
+        with paused_gc():
+            writer = plan.backend.writer(location, plan.arrays, plan.options, Job())
         try:
             while (staged := batches.get()) is not None and not result.cancel_requested.is_set():
                 _write_batch(writer, _chunks(staged), checksums, _Written(budget, staged.batch.held, tracker))
                 del staged  # a view keeps jax from reusing a donated buffer; let it go as soon as its bytes are written
-            if result.cancel_requested.is_set():
-                raise errors.CheckpointError("the save was given up.")
+            _check_wanted(result)
             writer.commit()
         except BaseException:
             writer.abort()
@@ -181,6 +189,12 @@ def _write(
         budget.close()
 
 
+def _check_wanted(result: _SaveFuture) -> None:
+    if result.cancel_requested.is_set():
+        raise errors.CheckpointError("the save was given up.")
+
+
+@paused_gc()
 def _write_batch(writer: Writer, chunks: Sequence[Chunk], checksums: Mapping[str, Checksums], written: _Written) -> None:
     written.byte_count = sum([chunk.data.nbytes for chunk in chunks])
     writer.write(chunks).add_done_callback(written)

@@ -25,7 +25,7 @@ _TAKEN: Final = {
     name.lower()
     for name in (
         *(FILE_LIST, INDEX_FILE, SHARDING_FILE, STEP_FILE, STRINGS_FILE, TREE_FILE, ARRAYS_DIRECTORY),
-        *("commit_success.txt", "manifest.ocdbt", "orbax.checkpoint"),
+        *("ckptkit_writer.txt", "commit_success.txt", "manifest.ocdbt", "orbax.checkpoint"),
     )
 }
 

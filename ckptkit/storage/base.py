@@ -19,7 +19,18 @@ if TYPE_CHECKING:
     from ckptkit.options import StorageOptions
     from ckptkit.processes import Job
 
-__all__ = ["ArraySpec", "Chunk", "Index", "Reader", "StorageBackend", "Writer", "chunk_count", "chunk_indices", "whole"]
+__all__ = [
+    "ArraySpec",
+    "Chunk",
+    "Index",
+    "PartialReader",
+    "Reader",
+    "StorageBackend",
+    "Writer",
+    "chunk_count",
+    "chunk_indices",
+    "whole",
+]
 
 
 class Writer(abc.ABC):
@@ -69,6 +80,13 @@ class Reader(abc.ABC):
         """Releases files and memory."""
 
 
+class PartialReader(Reader):
+    """A reader whose `read` takes any part of an array, not only cells of its grid.
+
+    Where there are no checksums to verify, which are those of whole cells, it is asked for what the devices hold and no more.
+    """
+
+
 class StorageBackend(abc.ABC):
     """A format: how arrays become bytes. Stateless; one instance serves every checkpoint.
 
@@ -102,4 +120,11 @@ class StorageBackend(abc.ABC):
 
     @abc.abstractmethod
     def recognises(self, location: Location) -> bool:
-        """Whether the directory looks like this format; a few existence checks, nothing is opened."""
+        """Whether the directory, or the single file, looks like this format; a few existence checks, nothing is opened."""
+
+    def keys_of(self, name: str) -> tuple[str, ...]:
+        """The keys that lead to an array in a tree of which its name is all that is stored: its parts between dots.
+
+        A target may group them otherwise: it is compared by joined names.
+        """
+        return tuple(name.split("."))

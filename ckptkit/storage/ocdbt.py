@@ -7,7 +7,6 @@ The database lies in the directory itself (`manifest.ocdbt`, `d/`). An array nam
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import tensorstore as ts
 
@@ -15,17 +14,15 @@ from ckptkit.location import Location
 from ckptkit.options import StorageOptions
 from ckptkit.processes import Job
 from ckptkit.storage._chunk_reader import ChunkReader
-from ckptkit.storage._ocdbt_values import MANIFEST, OcdbtValues
+from ckptkit.storage._ocdbt_nodes import MANIFEST
+from ckptkit.storage._ocdbt_values import OcdbtValues
 from ckptkit.storage._ocdbt_writer import OcdbtWriter
-from ckptkit.storage._tensorstore import mapped_tensorstore_errors, writing_error
+from ckptkit.storage._tensorstore import context_for, mapped_tensorstore_errors
 from ckptkit.storage._values import key_prefix
 from ckptkit.storage.base import ArraySpec, Reader, StorageBackend, Writer
 from ckptkit.storage.zarr_documents import refusal
 
 __all__ = ["OcdbtBackend"]
-
-# Every commit rewrites the nodes that it touches, with the values that lie in them.
-_CONFIG = {"max_inline_value_bytes": 255, "max_decoded_node_bytes": 8_000_000, "manifest_kind": "single"}
 
 
 class OcdbtBackend(StorageBackend):
@@ -38,23 +35,10 @@ class OcdbtBackend(StorageBackend):
         return [refusal(array) or _name_refusal(array.name, owners) for array in arrays]
 
     def writer(self, location: Location, arrays: Sequence[ArraySpec], options: StorageOptions, job: Job) -> Writer:
-        spec: dict[str, Any] = {
-            "driver": "ocdbt",
-            "base": location.kvstore(),
-            "config": _CONFIG,
-        }
-        if options.target_data_file_size is not None:
-            spec["target_data_file_size"] = options.target_data_file_size
-        # Whoever commits the checkpoint syncs its files once; otherwise each transaction waits for the disk.
-        context = ts.Context({"file_io_sync": False})
-        try:
-            store = ts.KvStore.open(spec, context=context).result()
-        except Exception as error:
-            raise writing_error(error, location.url) from error
-        return OcdbtWriter(location, store, context, arrays, options)
+        return OcdbtWriter(location, arrays, options)
 
     def reader(self, location: Location) -> Reader:
-        context = ts.Context()
+        context = context_for(location)
         with mapped_tensorstore_errors(location.url):
             base = ts.KvStore.open(location.kvstore(), context=context).result()
         return ChunkReader(location, OcdbtValues(location, base, context))

@@ -107,9 +107,20 @@ class Document:
         return self.shard_index_nbytes, 2 * (self.cell_nbytes + self.shard_index_nbytes) + 4096
 
     @functools.cached_property
+    def is_blosc(self) -> bool:
+        """Whether a stored chunk begins with a header of blosc."""
+        names = [codec.get("id", codec.get("name")) for codec in self.codecs if isinstance(codec, dict)]
+        return "blosc" in names
+
+    @functools.cached_property
     def padded_nbytes(self) -> int:
         """Bytes of all chunks, decoded."""
         return _padded_nbytes(self.shape, self.chunk_shape, self.dtype)
+
+    @functools.cached_property
+    def chunk_count(self) -> int:
+        """How many chunks the array has, stored or not."""
+        return math.prod(-(-n // c) for n, c in zip(self.shape, self.chunk_shape, strict=True))
 
     def chunk_key(self, index: Index) -> str:
         """The key, below the array's, of the chunk whose cell begins where `index` begins."""
@@ -365,6 +376,11 @@ def _codec_chain(value: object, cell: tuple[int, ...], *outer: str) -> list[dict
         if codec["name"] == "transpose":
             cell = tuple(cell[axis] for axis in codec["configuration"]["order"])
         chain.append(codec)
+    names = [codec["name"] for codec in chain]
+    if "blosc" in names and (not outer or names[names.index("blosc") + 1 :] not in ([], ["crc32c"])):
+        _fail(
+            "codecs", names, "blosc last but for crc32c, and in no shard, since its chunks say themselves how large they become"
+        )
     return chain
 
 

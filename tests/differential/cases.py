@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import trees
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ckptkit import tree as ckpt_tree
+from ckptkit.testing import strategies
 
 
 class Point:
@@ -65,8 +65,8 @@ class Opaque:
         return "Opaque()"
 
 
-REPLICATED = NamedSharding(trees.mesh(), PartitionSpec())
-leaves = trees.leaves
+REPLICATED = NamedSharding(strategies.mesh(), PartitionSpec())
+leaves = strategies.leaves()
 dtypes = st.sampled_from([np.float32, np.float64, np.int32, np.int64, np.int8, np.bool_, np.complex64, jnp.bfloat16, np.float16])
 jax_dtypes = st.sampled_from([np.float32, np.int32, np.int8, np.bool_, np.complex64, jnp.bfloat16, np.float16])
 odd_leaves = st.one_of(
@@ -101,17 +101,17 @@ odd_leaves = st.one_of(
     st.binary(max_size=3),
 )
 saved_trees = st.one_of(
-    trees.trees,
-    st.dictionaries(st.sampled_from("abc"), st.one_of(trees.leaves, odd_leaves), min_size=1, max_size=3),
-    st.dictionaries(st.sampled_from("abc"), st.builds(Point, trees.leaves, trees.leaves), min_size=1, max_size=2),
-    st.dictionaries(st.sampled_from("abc"), st.builds(Bare, trees.leaves, trees.leaves), min_size=1, max_size=2),
-    st.one_of(trees.leaves, odd_leaves),
+    strategies.trees(),
+    st.dictionaries(st.sampled_from("abc"), st.one_of(strategies.leaves(), odd_leaves), min_size=1, max_size=3),
+    st.dictionaries(st.sampled_from("abc"), st.builds(Point, strategies.leaves(), strategies.leaves()), min_size=1, max_size=2),
+    st.dictionaries(st.sampled_from("abc"), st.builds(Bare, strategies.leaves(), strategies.leaves()), min_size=1, max_size=2),
+    st.one_of(strategies.leaves(), odd_leaves),
 )
 good_trees = st.one_of(
-    trees.trees,
-    st.dictionaries(st.sampled_from("abc"), trees.leaves, min_size=1, max_size=3),
-    st.dictionaries(st.sampled_from("abc"), st.builds(Point, trees.leaves, trees.leaves), min_size=1, max_size=2),
-    st.dictionaries(st.sampled_from("abc"), st.builds(Bare, trees.leaves, trees.leaves), min_size=1, max_size=2),
+    strategies.trees(),
+    st.dictionaries(st.sampled_from("abc"), strategies.leaves(), min_size=1, max_size=3),
+    st.dictionaries(st.sampled_from("abc"), st.builds(Point, strategies.leaves(), strategies.leaves()), min_size=1, max_size=2),
+    st.dictionaries(st.sampled_from("abc"), st.builds(Bare, strategies.leaves(), strategies.leaves()), min_size=1, max_size=2),
 )
 
 save_args = st.one_of(
@@ -139,7 +139,7 @@ def save_args_for(draw: Any, tree: Any) -> Any:
 
 
 def _sharding(shape: tuple[int, ...]) -> Any:
-    return st.one_of(trees.shardings(shape), st.just(REPLICATED))
+    return st.one_of(strategies.shardings(shape), st.just(REPLICATED))
 
 
 @st.composite
@@ -212,7 +212,7 @@ def restore_arg(draw: Any, leaf: Any) -> Any:
     if draw(st.integers(0, 3)):
         fields["sharding"] = draw(_sharding(shape))
     else:
-        fields |= {"mesh": trees.mesh(), "mesh_axes": PartitionSpec()}
+        fields |= {"mesh": strategies.mesh(), "mesh_axes": PartitionSpec()}
     return Spec("ArrayRestoreArgs", fields)
 
 

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import trees
 
 from ckptkit import tree
+from ckptkit.testing import assert_same
 
 
 class Outcome(NamedTuple):
@@ -93,7 +93,7 @@ def _different_leaves(ours: Any, theirs: Any) -> Iterator[Gap]:
         return
     for path, leaf in mine.items():
         try:
-            trees.assert_same(leaf, yours[path])
+            assert_same(leaf, yours[path])
         except (AssertionError, AttributeError):
             yield Gap("value", path, leaf, yours[path])
 

@@ -1,0 +1,201 @@
+"""The header of a safetensors file (https://github.com/huggingface/safetensors#format), from and to bytes.
+
+A file is the length of its header as 8 bytes, little-endian; the header, a JSON object padded with spaces; and the arrays'
+bytes without gaps, little-endian, in C order. What is read may be a stranger's: nothing is believed before it is checked.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from ckptkit import errors
+from ckptkit.storage import ArraySpec, chunk_count
+
+__all__ = ["LENGTH_NBYTES", "MAX_NBYTES", "METADATA_KEY", "WORDS", "Tensor", "encode", "order", "parse"]
+
+METADATA_KEY: Final = "__metadata__"
+LENGTH_NBYTES: Final = 8
+MAX_NBYTES: Final = 100_000_000
+"""The library's own bound of a header."""
+
+_CHUNKS_KEY: Final = "ckptkit.chunk_shapes"
+_ALIGNMENT: Final = 64  # of the first array in the file: what programs that map the file into memory like
+_MAX_RANK: Final = 64  # numpy's
+_MAX_CHUNKS: Final = 1 << 22  # no checkpoint of 32 MiB chunks comes near; more would only cost time and memory
+
+DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
+    word: np.dtype(kind)
+    for word, kind in {
+        "BOOL": np.bool_,
+        "U8": np.uint8,
+        "I8": np.int8,
+        "F8_E5M2": ml_dtypes.float8_e5m2,
+        "F8_E4M3": ml_dtypes.float8_e4m3fn,
+        "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+        "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz,
+        "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
+        "I16": np.int16,
+        "U16": np.uint16,
+        "F16": np.float16,
+        "BF16": ml_dtypes.bfloat16,
+        "I32": np.int32,
+        "U32": np.uint32,
+        "F32": np.float32,
+        "I64": np.int64,
+        "U64": np.uint64,
+        "F64": np.float64,
+        "C64": np.complex64,
+    }.items()
+}
+WORDS: Final[Mapping[np.dtype[Any], str]] = {dtype: word for word, dtype in DTYPES.items()}
+
+
+class Tensor(NamedTuple):
+    """An array, and where its bytes begin, counted from the end of the header."""
+
+    array: ArraySpec
+    start: int
+
+
+def order(arrays: Sequence[ArraySpec]) -> list[ArraySpec]:
+    """The arrays as they follow on each other in a file: larger items first, so that each begins at a multiple of its own."""
+    return sorted(arrays, key=lambda array: -array.dtype.itemsize)
+
+
+def encode(arrays: Sequence[ArraySpec]) -> tuple[bytes, dict[str, Tensor], int]:
+    """What stands before the arrays in a file that holds them in this order, where each lies behind it, and their bytes in all.
+
+    The chunks that checksums were taken of are recorded where an array is not one chunk. The format is called 'pt', as by most
+    writers: transformers refuses files that do not say one it knows.
+
+    Raises:
+      errors.ArgsError: the header would be larger than the library reads.
+    """
+    chunks = {array.name: array.chunk_shape for array in arrays if array.chunk_shape != _one_chunk(array.shape)}
+    document: dict[str, Any] = {METADATA_KEY: {"format": "pt", **({_CHUNKS_KEY: _dump(chunks)} if chunks else {})}}
+    tensors, start = {}, 0
+    for array in arrays:
+        stop = start + array.nbytes
+        document[array.name] = {"dtype": WORDS[array.dtype], "shape": array.shape, "data_offsets": (start, stop)}
+        tensors[array.name] = Tensor(array, start)
+        start = stop
+    text = _dump(document).encode()
+    text += b" " * (-(LENGTH_NBYTES + len(text)) % _ALIGNMENT)
+    if len(text) > MAX_NBYTES:
+        raise errors.ArgsError(
+            f"The names and shapes of {len(arrays)} arrays take {len(text)} bytes, more than the {MAX_NBYTES} that the header of "
+            "a safetensors file may have; set a smaller target_data_file_size."
+        )
+    return len(text).to_bytes(LENGTH_NBYTES, "little") + text, tensors, start
+
+
+def _one_chunk(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple([max(1, n) for n in shape])
+
+
+def _dump(document: Any) -> str:
+    return json.dumps(document, ensure_ascii=False, separators=(",", ":"))
+
+
+def parse(text: bytes, size: int, where: str) -> Mapping[str, Tensor]:
+    """The arrays that a header tells of, by name; `size` is how many bytes follow it in the file.
+
+    Raises:
+      errors.FormatError: not a header, or one that does not fit the file.
+    """
+    document = _load(text, where)
+    if not isinstance(document, dict):
+        raise errors.FormatError(f"{where}: the header is a JSON {type(document).__name__}, expected an object.")
+    metadata = document.pop(METADATA_KEY, {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise errors.FormatError(f"{where}: {METADATA_KEY} is {_shown(metadata)}, expected an object of texts.")
+    found = {name: _tensor(name, entry, where) for name, entry in document.items()}
+    _check_places(found, size, where)
+    return _with_chunks(found, metadata.get(_CHUNKS_KEY), where)
+
+
+def _load(text: bytes, where: str) -> Any:
+    try:
+        return json.loads(text.decode(), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise errors.FormatError(f"{where}: not a safetensors file: the header is no JSON ({error}).") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs, none of whose names occurs twice: readers would not agree which of them counts."""
+    document = dict(pairs)
+    if len(document) != len(pairs):
+        ((name, _),) = Counter([name for name, _ in pairs]).most_common(1)
+        raise ValueError(f"the name {name[:100]!r} occurs twice")
+    return document
+
+
+def _tensor(name: str, entry: Any, where: str) -> Tensor:
+    """An entry, with the whole array as its one chunk."""
+    try:
+        word, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        name.encode()
+    except (TypeError, KeyError, ValueError) as error:
+        raise _malformed(name, entry, "dtype, shape and two data_offsets", where) from error
+    dtype = DTYPES.get(word) if isinstance(word, str) else None
+    if dtype is None:
+        raise _malformed(name, entry, f"a dtype among {', '.join(DTYPES)}", where)
+    if not isinstance(shape, list) or len(shape) > _MAX_RANK or not all(type(n) is int and n >= 0 for n in shape):
+        raise _malformed(name, entry, f"a shape of at most {_MAX_RANK} lengths", where)
+    cell = _one_chunk(shape)
+    if math.prod(cell) * dtype.itemsize >= 1 << 63:  # of an empty array too: numpy refuses more
+        raise _malformed(name, entry, "a shape that fits into memory", where)
+    array = ArraySpec(name, tuple(shape), dtype, cell)
+    if type(start) is not int or type(stop) is not int or not 0 <= start <= stop or stop - start != array.nbytes:
+        raise _malformed(name, entry, f"data_offsets that are {array.nbytes} bytes apart", where)
+    return Tensor(array, start)
+
+
+def _check_places(tensors: Mapping[str, Tensor], size: int, where: str) -> None:
+    """The arrays follow on each other, from the end of the header to the end of the file."""
+    end = 0
+    for array, start in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.array.nbytes)):
+        if start != end:
+            what = "overlaps another one" if start < end else f"leaves {start - end} bytes before it unused"
+            raise errors.FormatError(
+                f"{where}: array {array.name[:100]!r} at byte {start} of the data {what}: the file is damaged."
+            )
+        end += array.nbytes
+    if end != size:
+        cut = "it was cut off; restore another copy" if end > size else "it is damaged, or something was appended"
+        raise errors.FormatError(f"{where}: the header describes {end} bytes of data, but {size} are in the file: {cut}.")
+
+
+def _with_chunks(tensors: dict[str, Tensor], text: str | None, where: str) -> Mapping[str, Tensor]:
+    """The arrays with the chunks that `encode` recorded."""
+    recorded = {} if text is None else _load(text.encode(errors="replace"), where)
+    if not isinstance(recorded, dict):
+        raise errors.FormatError(f"{where}: {_CHUNKS_KEY} is {_shown(recorded)}, expected an object.")
+    for name, shape in recorded.items():
+        tensor = tensors.get(name)
+        fits = tensor is not None and isinstance(shape, list) and len(shape) == len(tensor.array.shape)
+        if tensor is None or not fits or not all(type(n) is int and 0 < n < 1 << 63 for n in shape):
+            raise errors.FormatError(f"{where}: the chunks of array {name[:100]!r} are {_shown(shape)}, which does not suit it.")
+        array = tensor.array._replace(chunk_shape=tuple(shape))
+        if chunk_count(array) > _MAX_CHUNKS:
+            raise errors.FormatError(
+                f"{where}: array {name[:100]!r} has {chunk_count(array)} chunks, more than are ever written."
+            )
+        tensors[name] = Tensor(array, tensor.start)
+    return tensors
+
+
+def _malformed(name: str, entry: Any, expected: str, where: str) -> errors.FormatError:
+    return errors.FormatError(f"{where}: array {name[:100]!a} is described as {_shown(entry)}; expected {expected}.")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
