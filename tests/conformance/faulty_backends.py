@@ -208,13 +208,13 @@ class FollowsNames(PlainWriter):
 
 
 class Stale(PlainReader):
-    """Hands out what was read of a chunk of this name before, wherever that was."""
+    """Hands out what was read of a chunk of this array and shape before, wherever that was."""
 
     seen: ClassVar = {}
 
     def fill(self, name, index, out):
         super().fill(name, index, out)
-        out[...] = self.seen.setdefault((name, index, out.dtype, out.shape), out.copy())
+        out[...] = self.seen.setdefault((name, out.dtype, out.shape), out.copy())
 
 
 class MisShapes(PlainReader):
