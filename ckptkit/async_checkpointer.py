@@ -16,7 +16,7 @@ from ckptkit import errors
 from ckptkit.checkpointer import Checkpointer, Path
 from ckptkit.handlers.base import CheckpointHandler
 from ckptkit.metadata.step import StepMetadata
-from ckptkit.options import AsyncOptions, FileOptions, MultiprocessingOptions
+from ckptkit.options import AsyncOptions, FileOptions, MultiprocessingOptions, given_options
 from ckptkit.registry import Registry
 from ckptkit.saving import Saving
 
@@ -49,7 +49,7 @@ class AsyncCheckpointer(Checkpointer):
             file_options=file_options,
             observers=observers,
         )
-        self._options = async_options or AsyncOptions()
+        self._options = given_options(self, "async_options", async_options, AsyncOptions)
         if timeout_secs is not None:
             self._options = attrs.evolve(self._options, timeout_secs=timeout_secs)
         self._thread: threading.Thread | None = None
@@ -105,7 +105,7 @@ class AsyncCheckpointer(Checkpointer):
         """As `wait_until_finished`, with a limit of its own; None waits as long as it takes."""
         thread = self._thread
         if thread is not None:
-            thread.join(timeout_secs)
+            thread.join(None if timeout_secs is None else min(timeout_secs, threading.TIMEOUT_MAX))
             if thread.is_alive():
                 raise errors.TimeoutError(
                     f"the save in the background did not finish within {timeout_secs} s; it goes on. Wait again, or allow more "

@@ -52,7 +52,7 @@ def test_use_ocdbt_false_writes_plain_zarr_that_orbax_restores(path: Path) -> No
 @pytest.mark.parametrize("handler", [ckptkit.StandardCheckpointHandler, ckptkit.PyTreeCheckpointHandler])
 @pytest.mark.parametrize("name", ["save_concurrent_gb", "restore_concurrent_gb"])
 def test_bounds_of_memory_are_above_zero(handler: Any, name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name}=0: expected a number above 0"):
+    with pytest.raises(ValueError, match=rf"{name}=0\): expected a number above 0"):
         handler(**{name: 0})
 
 
@@ -64,10 +64,72 @@ def test_trees_come_back_within_small_bounds_of_memory(path: Path, handler: Any)
     trees.assert_same(checkpointer.restore(path), tree)
 
 
-def test_multiprocessing_options_are_taken(path: Path) -> None:
-    options = ckptkit.options.MultiprocessingOptions(primary_host=0)
-    _standard(multiprocessing_options=options).save(path, {"a": 1})
-    assert _standard(multiprocessing_options=options).restore(path) == {"a": 1}
+_Processes = ckptkit.options.MultiprocessingOptions
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"primary_host": None}, {"active_processes": {0}}, {"barrier_sync_key_prefix": "train"}],
+    ids=str,
+)
+def test_multiprocessing_options_that_mean_this_process_save(path: Path, fields: dict[str, Any]) -> None:
+    options = _Processes(**fields)
+    handler = ckptkit.StandardCheckpointHandler(multiprocessing_options=options)
+    checkpointer = ckptkit.Checkpointer(handler, multiprocessing_options=options)
+    checkpointer.save(path, {"a": 1})
+    assert checkpointer.restore(path) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    "options", [_Processes(primary_host=1), _Processes(active_processes={0, 1}), _Processes(primary_host=1, active_processes={1})]
+)
+@pytest.mark.parametrize("given_to", ["handler", "checkpointer"])
+def test_multiprocessing_options_that_mean_other_processes_are_refused(tmp_path: Path, options: Any, given_to: str) -> None:
+    checkpointer = (
+        _standard(multiprocessing_options=options)
+        if given_to == "handler"
+        else ckptkit.Checkpointer(ckptkit.StandardCheckpointHandler(), multiprocessing_options=options)
+    )
+    with pytest.raises(ValueError, match=r"the job has 1 processes, and none of index \[1\]; nobody would commit"):
+        checkpointer.save(tmp_path / "c", {"a": 1})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_primary_that_takes_no_part_is_refused() -> None:
+    with pytest.raises(ValueError, match="the primary process must be one of those that take part"):
+        _Processes(active_processes={1, 2})
+
+
+@pytest.mark.parametrize("bound", [None, 1e-5, "auto"])
+def test_copies_off_devices_may_have_a_bound_of_their_own(path: Path, bound: Any) -> None:
+    tree = {str(i): jnp.full(1000, i) for i in range(20)}
+    checkpointer = _pytree(save_device_host_concurrent_gb=bound, enable_pinned_host_transfer=True)
+    checkpointer.save(path, tree)
+    trees.assert_same(checkpointer.restore(path), tree)
+
+
+_PINNED_TREE = {
+    "one": jnp.arange(6.0).reshape(2, 3),
+    "number": jnp.float32(2),
+    "bfloat16": jnp.arange(4, dtype=jnp.bfloat16),
+    "int4": jnp.arange(4, dtype=jnp.int4),
+    "sharded": jax.device_put(
+        np.arange(64.0, dtype=np.float32).reshape(8, 8), NamedSharding(trees.mesh(), PartitionSpec("data"))
+    ),
+    "key": jax.random.key(3),
+    "empty": jnp.zeros((0, 2)),
+    "on the host": jax.device_put(jnp.ones(3), SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")),
+    "numpy": np.arange(3),
+}
+
+
+@pytest.mark.parametrize("chunk_byte_size", [None, 16])
+def test_arrays_by_way_of_pinned_host_memory_come_back(path: Path, chunk_byte_size: int | None) -> None:
+    checkpointer = _pytree(enable_pinned_host_transfer=True)
+    save_args = jax.tree.map(lambda _: ckptkit.SaveArgs(chunk_byte_size=chunk_byte_size), _PINNED_TREE)
+    checkpointer.save(path, args=args.PyTreeSave(_PINNED_TREE, save_args))
+    expected = {**_PINNED_TREE, "on the host": jax.device_put(jnp.ones(3), jax.devices()[0])}
+    trees.assert_same(checkpointer.restore(path), expected)
 
 
 def test_data_files_end_near_the_size_asked_for(path: Path) -> None:

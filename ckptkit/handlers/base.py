@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from ckptkit.registry import Registry
 
-__all__ = ["AsyncCheckpointHandler", "CheckpointHandler", "folded_args", "run_coroutine"]
+__all__ = ["AsyncCheckpointHandler", "CheckpointHandler", "DelegatingHandler", "folded_args", "run_coroutine"]
 
 A = TypeVar("A")
 T = TypeVar("T")
@@ -87,6 +87,27 @@ class AsyncCheckpointHandler(CheckpointHandler):
         """Does what `async_save` does, and waits until it is done."""
         for future in run_coroutine(self.async_save(directory, *args, **kwargs)) or ():
             future.result()
+
+
+class DelegatingHandler(AsyncCheckpointHandler):
+    """A handler that leaves the storing to other handlers, which share its registry and are closed with it."""
+
+    def __init__(self, *parts: CheckpointHandler) -> None:
+        """Takes the other handlers."""
+        self._parts = parts
+
+    @property
+    def registry(self) -> Registry | None:  # one value, kept where it is used
+        return self._parts[0].registry
+
+    @registry.setter
+    def registry(self, registry: Registry | None) -> None:
+        for part in self._parts:
+            part.registry = registry
+
+    def close(self) -> None:
+        for part in self._parts:
+            part.close()
 
 
 def folded_args(args_class: Callable[..., A], args: A | None, **deprecated: Any) -> A:

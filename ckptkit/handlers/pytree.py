@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,6 +12,7 @@ import jax
 
 from ckptkit import args as args_lib
 from ckptkit import discovery, errors, tree
+from ckptkit._checks import flag, optional, positive, text
 from ckptkit._gc import paused_gc
 from ckptkit.handlers._documents import documents
 from ckptkit.handlers._stored import StoredTree
@@ -21,10 +23,11 @@ from ckptkit.metadata.json import checked_custom
 from ckptkit.metadata.rich import decode_rich
 from ckptkit.metadata.tree import TREE_FILE, Entry, is_empty_node, nest
 from ckptkit.metadata.values import ArrayMetadata, ScalarMetadata, StorageMetadata, StringMetadata, TreeMetadata
-from ckptkit.options import MultiprocessingOptions, PyTreeMetadataOptions, RestoreDefaults, StorageOptions
+from ckptkit.options import MultiprocessingOptions, PyTreeMetadataOptions, RestoreDefaults, StorageOptions, given_options
 from ckptkit.pipeline.plan import PLAIN, LeafRules, plan_save
 from ckptkit.pipeline.restore import RestoreItem, restore_leaves
 from ckptkit.pipeline.save import start_save
+from ckptkit.processes import check_takes_part
 from ckptkit.registry import Registry
 
 if TYPE_CHECKING:
@@ -40,16 +43,18 @@ class PyTreeCheckpointHandler(AsyncCheckpointHandler):
 
     further_typestrs = ("orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTreeHandler",)
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - Orbax's arguments
         self,
         *,
         save_concurrent_gb: float | None = None,
         restore_concurrent_gb: float | None = None,
+        save_device_host_concurrent_gb: float | Literal["auto"] | None = None,
         multiprocessing_options: MultiprocessingOptions | None = None,
         pytree_metadata_options: PyTreeMetadataOptions | None = None,
         use_ocdbt: bool = True,
         use_zarr3: bool = False,
         use_compression: bool = False,
+        enable_pinned_host_transfer: bool | None = None,
         storage: str | None = None,
     ) -> None:
         """Sets what holds for every save and restore of this handler.
@@ -58,24 +63,39 @@ class PyTreeCheckpointHandler(AsyncCheckpointHandler):
           save_concurrent_gb: bound of the host memory that staged copies take while they are written, in 10**9 bytes; 96
             where it is None.
           restore_concurrent_gb: bound of what is read ahead of what is assembled, in 10**9 bytes; 96 where it is None.
+          save_device_host_concurrent_gb: a second bound of the same; the lower of the two holds. 'auto' is none.
           multiprocessing_options: which processes take part.
           pytree_metadata_options: whether tuples and named tuples come back as such where there is no target.
           use_ocdbt: False is short for `storage='zarr'`.
           use_zarr3: write zarr version 3 documents.
           use_compression: compress chunks with zstd at level 1: less on disk for values that repeat, several times slower, and
             8 % smaller for random floats, which is why this is off unless asked for (Orbax compresses unless told not to).
+          enable_pinned_host_transfer: arrays go from their devices to the host by way of its pinned memory, chunk by chunk, where
+            the devices have such memory; None means False.
           storage: name of the storage backend; 'ocdbt' where it is None.
 
         Raises:
-          errors.ArgsError: a bound that is not above 0.
+          errors.ArgsError: an argument of another type, or a bound that is not above 0.
         """
-        self._save_bytes = _bytes("save_concurrent_gb", save_concurrent_gb)
-        self._restore_bytes = _bytes("restore_concurrent_gb", restore_concurrent_gb)
-        self._multiprocessing_options = multiprocessing_options or MultiprocessingOptions()
-        self._rich = (pytree_metadata_options or PyTreeMetadataOptions()).support_rich_types
+        for name, flag_given in (("use_ocdbt", use_ocdbt), ("use_zarr3", use_zarr3), ("use_compression", use_compression)):
+            flag(self, name, flag_given)
+        optional(text)(self, "storage", storage)
+        optional(flag)(self, "enable_pinned_host_transfer", enable_pinned_host_transfer)
+        if save_device_host_concurrent_gb == "auto":
+            save_device_host_concurrent_gb = None
+        self._save_bytes = min(
+            _bytes(self, "save_concurrent_gb", save_concurrent_gb),
+            _bytes(self, "save_device_host_concurrent_gb", save_device_host_concurrent_gb),
+        )
+        self._restore_bytes = _bytes(self, "restore_concurrent_gb", restore_concurrent_gb)
+        self._processes = given_options(self, "multiprocessing_options", multiprocessing_options, MultiprocessingOptions)
+        self._rich = given_options(
+            self, "pytree_metadata_options", pytree_metadata_options, PyTreeMetadataOptions
+        ).support_rich_types
         self._storage = storage or ("ocdbt" if use_ocdbt else "zarr")
         self._use_zarr3 = use_zarr3
         self._compression: Literal["zstd"] | None = "zstd" if use_compression else None
+        self._pinned_host = bool(enable_pinned_host_transfer)
 
     @classmethod
     def typestr(cls) -> str:
@@ -93,6 +113,7 @@ class PyTreeCheckpointHandler(AsyncCheckpointHandler):
 
     def start_save(self, directory: epath.Path, args: args_lib.PyTreeSave, rules: LeafRules = PLAIN) -> list[Future[Any]]:
         """What `async_save` does, for leaves as `rules` want them."""
+        check_takes_part(self._processes)
         registry = discovery.ready(self.registry)
         custom_metadata = checked_custom(args.custom_metadata, "custom_metadata")
         options = StorageOptions(
@@ -102,7 +123,13 @@ class PyTreeCheckpointHandler(AsyncCheckpointHandler):
         )
         with paused_gc():
             plan, values = plan_save(
-                args.item, args.save_args, registry, registry.storage(self._storage), options, self._save_bytes, rules
+                args.item,
+                args.save_args,
+                registry,
+                registry.storage(self._storage),
+                options,
+                self._save_bytes,
+                attrs.evolve(rules, pinned_host=self._pinned_host),
             )
 
         def describe(checksums: Mapping[str, list[str]]) -> Iterable[tuple[str, bytes]]:
@@ -178,10 +205,9 @@ class PyTreeCheckpointHandler(AsyncCheckpointHandler):
         return nest(document.entries, values)
 
 
-def _bytes(name: str, gigabytes: float | None) -> int:
-    if gigabytes is not None and not gigabytes > 0:
-        raise errors.ArgsError(f"{name}={gigabytes!r}: expected a number above 0, in 10**9 bytes.")
-    return int((96 if gigabytes is None else gigabytes) * _GB)
+def _bytes(owner: PyTreeCheckpointHandler, name: str, gigabytes: float | None) -> int:
+    optional(positive)(owner, name, gigabytes)
+    return int(min((96 if gigabytes is None else gigabytes) * _GB, sys.maxsize))
 
 
 def _restore_all(stored: StoredTree, defaults: RestoreDefaults, max_inflight_bytes: int) -> list[Any]:

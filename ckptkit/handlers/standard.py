@@ -11,12 +11,11 @@ import numpy as np
 
 from ckptkit import args as args_lib
 from ckptkit import errors, tree
-from ckptkit.handlers.base import AsyncCheckpointHandler, folded_args
+from ckptkit.handlers.base import DelegatingHandler, folded_args
 from ckptkit.handlers.pytree import PyTreeCheckpointHandler
 from ckptkit.metadata.values import TreeMetadata
 from ckptkit.options import MultiprocessingOptions, PyTreeMetadataOptions, RestoreDefaults
 from ckptkit.pipeline.plan import LeafRules
-from ckptkit.registry import Registry
 
 if TYPE_CHECKING:
     from etils import epath
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["StandardCheckpointHandler"]
 
 
-class StandardCheckpointHandler(AsyncCheckpointHandler):
+class StandardCheckpointHandler(DelegatingHandler):
     """Saves trees of jax.Array, np.ndarray, int, float and bool, and of leaf types that plugins add."""
 
     def __init__(
@@ -48,14 +47,7 @@ class StandardCheckpointHandler(AsyncCheckpointHandler):
             use_zarr3=use_zarr3,
             storage=storage,
         )
-
-    @property
-    def registry(self) -> Registry | None:  # one value, kept where it is used
-        return self._pytree.registry
-
-    @registry.setter
-    def registry(self, registry: Registry | None) -> None:
-        self._pytree.registry = registry
+        super().__init__(self._pytree)
 
     @classmethod
     def typestr(cls) -> str:
@@ -96,9 +88,6 @@ class StandardCheckpointHandler(AsyncCheckpointHandler):
 
     def metadata(self, directory: epath.Path) -> TreeMetadata:
         return self._pytree.metadata(directory)
-
-    def close(self) -> None:
-        self._pytree.close()
 
 
 def _check_tree(item: Any) -> None:
