@@ -10,7 +10,7 @@ import numbers
 import operator
 import reprlib
 from collections.abc import Callable, Collection, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 import numpy as np
@@ -22,6 +22,7 @@ __all__ = [
     "a",
     "flag",
     "function",
+    "given_options",
     "one_of",
     "optional",
     "positive",
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 Check = Callable[[object, str, Any], None]
+Options = TypeVar("Options")
 
 
 def refuse(
@@ -131,3 +133,16 @@ def sharding(owner: object, name: str, value: Any) -> None:
 
     if not isinstance(value, jax.sharding.Sharding):
         raise refuse(owner, name, value, "a jax.sharding.Sharding")
+
+
+def given_options(owner: object, name: str, given: Options | None, kind: type[Options]) -> Options:
+    """The options object given to `owner`, or one with all defaults.
+
+    Raises:
+      errors.ArgsTypeError: an object of another class, such as Orbax's of the same name.
+    """
+    if given is None:
+        return kind()
+    if not isinstance(given, kind):
+        raise refuse(owner, name, given, f"a ckptkit.options.{kind.__name__}")
+    return given

@@ -13,10 +13,11 @@ from typing import Any
 import attrs
 
 from ckptkit import errors
+from ckptkit._checks import given_options
 from ckptkit.checkpointer import Checkpointer, Path
 from ckptkit.handlers.base import CheckpointHandler
 from ckptkit.metadata.step import StepMetadata
-from ckptkit.options import AsyncOptions, FileOptions, MultiprocessingOptions, given_options
+from ckptkit.options import AsyncOptions, FileOptions, MultiprocessingOptions
 from ckptkit.registry import Registry
 from ckptkit.saving import Saving
 
@@ -50,6 +51,7 @@ class AsyncCheckpointer(Checkpointer):
             observers=observers,
         )
         self._options = given_options(self, "async_options", async_options, AsyncOptions)
+        self._deferring = self._options.create_directories_asynchronously
         if timeout_secs is not None:
             self._options = attrs.evolve(self._options, timeout_secs=timeout_secs)
         self._thread: threading.Thread | None = None

@@ -12,14 +12,14 @@ import attrs
 from etils import epath
 
 from ckptkit import choosing, commit, discovery, errors, processes, reports
-from ckptkit._checks import a, optional
-from ckptkit.handlers.base import AsyncCheckpointHandler, CheckpointHandler, run_coroutine
+from ckptkit._checks import a, given_options, optional
+from ckptkit.handlers.base import AsyncCheckpointHandler, CheckpointHandler, DeferredPathAsyncCheckpointHandler, run_coroutine
 from ckptkit.location import FileLocation, Location
 from ckptkit.metadata.json import checked_custom
 from ckptkit.metadata.step import StepMetadata
-from ckptkit.options import FileOptions, MultiprocessingOptions, given_options
+from ckptkit.options import FileOptions, MultiprocessingOptions
 from ckptkit.registry import Registry
-from ckptkit.saving import Saving, checked_futures
+from ckptkit.saving import Beginning, DeferredPath, Saving, checked_futures
 
 __all__ = ["Checkpointer", "Path"]
 
@@ -28,6 +28,8 @@ Path = str | os.PathLike[str]
 
 class Checkpointer:
     """Saves and restores checkpoints; each call is complete when it returns. A context manager."""
+
+    _deferring = False  # whether the directory may be made after the handler was called
 
     def __init__(
         self,
@@ -202,12 +204,16 @@ class Checkpointer:
             raise errors.ArgsError(
                 f"{location.url}: this version commits checkpoints in local directories; save to one of those."
             )
-        pending = commit.begin(location, force=force, mode=self._file_options.path_permission_mode)
+        begin = Beginning(location, force=force, mode=self._file_options.path_permission_mode)
+        if deferred := self._deferring and isinstance(handler, DeferredPathAsyncCheckpointHandler):
+            commit.check_free(location, force=force)
+        else:
+            begin()
         tracker = reports.Tracker("save", location.url, self._notifier.progress)
-        saving = Saving(pending, handler, step, tracker, self._notifier, start, owned=handler is not self._handler)
+        saving = Saving(begin, handler, step, tracker, self._notifier, start, owned=handler is not self._handler)
         try:
             with reports.tracking(tracker):
-                temporary = epath.Path(pending.temporary.url)
+                temporary: Any = DeferredPath(begin.temporary, begin) if deferred else begin.temporary
                 if isinstance(handler, AsyncCheckpointHandler):
                     saving.writing = checked_futures(handler, run_coroutine(handler.async_save(temporary, args=save_args)))
                 else:

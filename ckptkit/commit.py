@@ -25,7 +25,7 @@ from ckptkit.location import FileLocation, Location, mapped_os_errors
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["TEMPORARY_SUFFIX", "Pending", "begin", "identity", "resolve"]
+__all__ = ["TEMPORARY_SUFFIX", "Pending", "begin", "check_free", "identity", "resolve"]
 
 TEMPORARY_SUFFIX = ".orbax-checkpoint-tmp"
 _ASIDE_SUFFIX = f".ckptkit-old{TEMPORARY_SUFFIX}"
@@ -51,13 +51,16 @@ def resolve(location: FileLocation) -> FileLocation:
     raise errors.NotFoundError(errno.ENOENT, f"no checkpoint here; {_neighbours(path)}", path)
 
 
-def identity(location: Location) -> tuple[int, int] | None:
-    """What tells one checkpoint from another that took its place; None where there is none, or nothing to tell."""
+def identity(location: Location) -> tuple[int, int, int] | None:
+    """What tells one checkpoint from another that took its place; None where there is none, or nothing to tell.
+
+    The time is among it, since the number of a deleted directory's inode is soon given to another.
+    """
     try:
         status = os.stat(location.local_path or "")
     except OSError:
         return None
-    return status.st_dev, status.st_ino
+    return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
 def _neighbours(path: str) -> str:
@@ -69,6 +72,20 @@ def _neighbours(path: str) -> str:
         return f"not even the directory above it exists ({parent})"
     names = sorted(name for name in os.listdir(parent) if not name.endswith(TEMPORARY_SUFFIX))
     return f"{parent} holds {', '.join(names[:20]) or 'nothing'}{' ...' if len(names) > 20 else ''}"
+
+
+def check_free(location: FileLocation, *, force: bool) -> None:
+    """Refuses a destination that is taken, or of a name that no checkpoint can have; makes nothing.
+
+    Raises:
+      errors.ExistsError: the destination exists, and `force` is False.
+      errors.ArgsError: the name is one for unfinished saves.
+    """
+    path = location.local_path
+    if path.endswith(TEMPORARY_SUFFIX):
+        raise errors.ArgsError(f"{path}: names that end in {TEMPORARY_SUFFIX} are for unfinished saves; choose another.")
+    if not force and (os.path.lexists(path) or os.path.isdir(path + _ASIDE_SUFFIX)):
+        raise _exists(path)
 
 
 def begin(location: FileLocation, *, force: bool, mode: int | None) -> Pending:
@@ -85,12 +102,9 @@ def begin(location: FileLocation, *, force: bool, mode: int | None) -> Pending:
       errors.StorageError: the directory cannot be made.
     """
     path = location.local_path
-    if path.endswith(TEMPORARY_SUFFIX):
-        raise errors.ArgsError(f"{path}: names that end in {TEMPORARY_SUFFIX} are for unfinished saves; choose another.")
     with mapped_os_errors(path, "prepare the save"):
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        if not force and (os.path.lexists(path) or os.path.isdir(path + _ASIDE_SUFFIX)):
-            raise _exists(path)
+        check_free(location, force=force)
         lock = _locked_directory(path + TEMPORARY_SUFFIX, path)
         try:
             _empty(path + TEMPORARY_SUFFIX)

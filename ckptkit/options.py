@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import attrs
 
@@ -29,10 +29,7 @@ __all__ = [
     "PyTreeMetadataOptions",
     "RestoreDefaults",
     "StorageOptions",
-    "given_options",
 ]
-
-Options = TypeVar("Options")
 
 MAX_CHUNK_BYTE_SIZE = 32 << 20
 """Chunks are no larger than this unless `SaveArgs.chunk_byte_size` says otherwise: reading, checksumming and transfer overlap."""
@@ -69,11 +66,14 @@ class AsyncOptions:
       timeout_secs: how long one save may take, in seconds, before waiting for it raises `errors.TimeoutError`.
       barrier_sync_fn: unused in a single process; kept so that code written for Orbax runs.
       post_finalization_callback: called with no arguments in the background after each commit.
+      create_directories_asynchronously: the directory is made in the background, for handlers that take one that is not there
+        yet; what goes wrong with it (another writer, no permission) is then an error of the background too.
     """
 
     timeout_secs: float = attrs.field(default=1200, validator=validator(positive))
     barrier_sync_fn: Callable[..., Any] | None = attrs.field(default=None, validator=validator(optional(function)))
     post_finalization_callback: Callable[[], None] | None = attrs.field(default=None, validator=validator(optional(function)))
+    create_directories_asynchronously: bool = attrs.field(default=True, validator=validator(flag))
 
 
 @attrs.frozen(kw_only=True)
@@ -151,16 +151,3 @@ class RestoreDefaults:
     casting: Casting = attrs.field(default="unsafe", validator=validator(one_of(get_args(Casting))))
     support_layout: bool = attrs.field(default=False, validator=validator(flag))
     devices: Devices | None = attrs.field(default=None, validator=validator(optional(one_of(get_args(Devices), " or None"))))
-
-
-def given_options(owner: object, name: str, given: Options | None, kind: type[Options]) -> Options:
-    """The options object given to `owner`, or one with all defaults.
-
-    Raises:
-      errors.ArgsTypeError: an object of another class, such as Orbax's of the same name.
-    """
-    if given is None:
-        return kind()
-    if not isinstance(given, kind):
-        raise refuse(owner, name, given, f"a ckptkit.options.{kind.__name__}")
-    return given

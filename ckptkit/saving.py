@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 import time
 from concurrent import futures
 from typing import Any
@@ -11,9 +13,64 @@ from etils import epath
 
 from ckptkit import commit, discovery, errors, reports
 from ckptkit.handlers.base import CheckpointHandler
+from ckptkit.location import FileLocation
 from ckptkit.metadata.step import STEP_FILE, StepMetadata, encode_step
 
-__all__ = ["Saving", "checked_futures"]
+__all__ = ["Beginning", "DeferredPath", "Saving", "checked_futures"]
+
+
+class Beginning:
+    """What a save writes into, begun when it is first needed, by whichever thread needs it.
+
+    Attributes:
+      pending: what was begun; None before.
+    """
+
+    def __init__(self, location: FileLocation, *, force: bool, mode: int | None) -> None:
+        self.pending: commit.Pending | None = None
+        self.path = location.local_path
+        self.temporary = epath.Path(self.path + commit.TEMPORARY_SUFFIX)
+        self._begin = functools.partial(commit.begin, location, force=force, mode=mode)
+        self._lock = threading.Lock()
+
+    def __call__(self) -> commit.Pending:
+        """The save under way; the errors are those of `commit.begin`."""
+        with self._lock:
+            if self.pending is None:
+                self.pending = self._begin()
+            return self.pending
+
+
+class DeferredPath:
+    """A `PathAwaitingCreation` in the temporary directory of a save.
+
+    A handler that knows only of paths can use it as one: that makes the directory.
+    """
+
+    def __init__(self, path: epath.Path, begin: Beginning) -> None:
+        self._path = path
+        self._begin = begin
+
+    @property
+    def path(self) -> epath.Path:
+        return self._path
+
+    def __truediv__(self, name: str) -> DeferredPath:
+        return DeferredPath(self._path / name, self._begin)
+
+    async def await_creation(self) -> epath.Path:
+        self._begin()
+        return self._path
+
+    def __fspath__(self) -> str:
+        self._begin()
+        return str(self._path)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        self._begin()
+        return getattr(self._path, name)
 
 
 def checked_futures(handler: CheckpointHandler, returned: Any) -> list[futures.Future[Any]]:
@@ -35,7 +92,7 @@ class Saving:
 
     def __init__(
         self,
-        pending: commit.Pending,
+        begin: Beginning,
         handler: CheckpointHandler,
         step: StepMetadata,
         tracker: reports.Tracker,
@@ -46,8 +103,8 @@ class Saving:
     ) -> None:
         self.writing: list[futures.Future[Any]] = []
         self.blocking_secs = 0.0
-        self.path = pending.path
-        self._pending = pending
+        self.path = begin.path
+        self._begin = begin
         self._handler = handler
         self._step = step
         self._tracker = tracker
@@ -60,11 +117,12 @@ class Saving:
         try:
             for future in self.writing:
                 future.result()
-            temporary = self._pending.temporary
+            pending = self._begin()  # where the handler wrote nothing, there is still a checkpoint
+            temporary = pending.temporary
             self._handler.finalize(epath.Path(temporary.url))
             step = attrs.evolve(self._step, commit_timestamp_nsecs=time.time_ns())
             temporary.write_bytes(STEP_FILE, encode_step(step))
-            self._pending.commit()
+            pending.commit()
         except BaseException:
             self.abandon()
             raise
@@ -87,7 +145,8 @@ class Saving:
         try:
             futures.wait(self.writing)
         finally:
-            self._pending.abandon()
+            if self._begin.pending is not None:
+                self._begin.pending.abandon()
             self._close()
             self._tracker.finish()
 

@@ -20,8 +20,8 @@ NAMES = {
         default_registry errors handlers hookimpl hookspec hookspecs leaves metadata options progress reports restore save
         save_async storage type_handlers utils""",
     ".handlers": """ArrayCheckpointHandler AsyncCheckpointHandler CheckpointHandler CompositeCheckpointHandler
-        JaxRandomKeyCheckpointHandler JsonCheckpointHandler NumpyRandomKeyCheckpointHandler PyTreeCheckpointHandler
-        StandardCheckpointHandler""",
+        DeferredPathAsyncCheckpointHandler JaxRandomKeyCheckpointHandler JsonCheckpointHandler NumpyRandomKeyCheckpointHandler
+        PathAwaitingCreation PyTreeCheckpointHandler StandardCheckpointHandler""",
     ".metadata": """ArrayMetadata Metadata ScalarMetadata ShardingMetadata StepMetadata StorageMetadata StringMetadata
         TreeMetadata""",
 }

@@ -37,7 +37,7 @@ class ArrayCheckpointHandler(DelegatingHandler):
     def __init__(self, checkpoint_name: str | None = None) -> None:
         optional(text)(self, "checkpoint_name", checkpoint_name)
         self._name = checkpoint_name or "checkpoint"
-        self._pytree = PyTreeCheckpointHandler(use_ocdbt=False)
+        self._pytree = PyTreeCheckpointHandler(use_ocdbt=False, aggregate_filename=self._name)
         super().__init__(self._pytree)
 
     @classmethod

@@ -12,18 +12,18 @@ import jax
 
 from ckptkit import args as args_lib
 from ckptkit import discovery, errors, tree
-from ckptkit._checks import flag, optional, positive, text
+from ckptkit._checks import flag, given_options, optional, positive, text
 from ckptkit._gc import paused_gc
 from ckptkit.handlers._documents import documents
 from ckptkit.handlers._stored import StoredTree
-from ckptkit.handlers.base import AsyncCheckpointHandler, folded_args
+from ckptkit.handlers.base import DeferredPathAsyncCheckpointHandler, PathAwaitingCreation, created, folded_args
 from ckptkit.leaves.base import ArrayRestoreArgs, LeafSpec, RestoreArgs, TypeHandler
 from ckptkit.metadata import sharding as sharding_documents
 from ckptkit.metadata.json import checked_custom
 from ckptkit.metadata.rich import decode_rich
 from ckptkit.metadata.tree import TREE_FILE, Entry, is_empty_node, nest
 from ckptkit.metadata.values import ArrayMetadata, ScalarMetadata, StorageMetadata, StringMetadata, TreeMetadata
-from ckptkit.options import MultiprocessingOptions, PyTreeMetadataOptions, RestoreDefaults, StorageOptions, given_options
+from ckptkit.options import MultiprocessingOptions, PyTreeMetadataOptions, RestoreDefaults, StorageOptions
 from ckptkit.pipeline.plan import PLAIN, LeafRules, plan_save
 from ckptkit.pipeline.restore import RestoreItem, restore_leaves
 from ckptkit.pipeline.save import start_save
@@ -38,7 +38,7 @@ __all__ = ["PyTreeCheckpointHandler"]
 _GB = 10**9
 
 
-class PyTreeCheckpointHandler(AsyncCheckpointHandler):
+class PyTreeCheckpointHandler(DeferredPathAsyncCheckpointHandler):
     """Saves and restores any tree whose leaves have a type handler."""
 
     further_typestrs = ("orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTreeHandler",)
@@ -55,6 +55,7 @@ class PyTreeCheckpointHandler(AsyncCheckpointHandler):
         use_zarr3: bool = False,
         use_compression: bool = False,
         enable_pinned_host_transfer: bool | None = None,
+        aggregate_filename: str | None = None,
         storage: str | None = None,
     ) -> None:
         """Sets what holds for every save and restore of this handler.
@@ -72,6 +73,7 @@ class PyTreeCheckpointHandler(AsyncCheckpointHandler):
             8 % smaller for random floats, which is why this is off unless asked for (Orbax compresses unless told not to).
           enable_pinned_host_transfer: arrays go from their devices to the host by way of its pinned memory, chunk by chunk, where
             the devices have such memory; None means False.
+          aggregate_filename: of the msgpack file in which old releases of Orbax kept leaves; 'checkpoint' where it is None.
           storage: name of the storage backend; 'ocdbt' where it is None.
 
         Raises:
@@ -80,6 +82,7 @@ class PyTreeCheckpointHandler(AsyncCheckpointHandler):
         for name, flag_given in (("use_ocdbt", use_ocdbt), ("use_zarr3", use_zarr3), ("use_compression", use_compression)):
             flag(self, name, flag_given)
         optional(text)(self, "storage", storage)
+        optional(text)(self, "aggregate_filename", aggregate_filename)
         optional(flag)(self, "enable_pinned_host_transfer", enable_pinned_host_transfer)
         if save_device_host_concurrent_gb == "auto":
             save_device_host_concurrent_gb = None
@@ -95,6 +98,7 @@ class PyTreeCheckpointHandler(AsyncCheckpointHandler):
         self._storage = storage or ("ocdbt" if use_ocdbt else "zarr")
         self._use_zarr3 = use_zarr3
         self._compression: Literal["zstd"] | None = "zstd" if use_compression else None
+        self._aggregate_file = aggregate_filename
         self._pinned_host = bool(enable_pinned_host_transfer)
 
     @classmethod
@@ -102,7 +106,11 @@ class PyTreeCheckpointHandler(AsyncCheckpointHandler):
         return "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
 
     async def async_save(
-        self, directory: epath.Path, item: Any = None, save_args: Any = None, args: args_lib.PyTreeSave | None = None
+        self,
+        directory: epath.Path | PathAwaitingCreation,
+        item: Any = None,
+        save_args: Any = None,
+        args: args_lib.PyTreeSave | None = None,
     ) -> list[Future[Any]]:
         """Stages the tree and starts to write it; see `start_save`. `item` and `save_args` are deprecated: `args` says the same.
 
@@ -111,7 +119,9 @@ class PyTreeCheckpointHandler(AsyncCheckpointHandler):
         """
         return self.start_save(directory, folded_args(args_lib.PyTreeSave, args, item=item, save_args=save_args))
 
-    def start_save(self, directory: epath.Path, args: args_lib.PyTreeSave, rules: LeafRules = PLAIN) -> list[Future[Any]]:
+    def start_save(
+        self, directory: epath.Path | PathAwaitingCreation, args: args_lib.PyTreeSave, rules: LeafRules = PLAIN
+    ) -> list[Future[Any]]:
         """What `async_save` does, for leaves as `rules` want them."""
         check_takes_part(self._processes)
         registry = discovery.ready(self.registry)
@@ -135,7 +145,7 @@ class PyTreeCheckpointHandler(AsyncCheckpointHandler):
         def describe(checksums: Mapping[str, list[str]]) -> Iterable[tuple[str, bytes]]:
             return documents(plan, checksums, custom_metadata, registry, rich=self._rich)
 
-        return [start_save(plan, values, registry.location(directory), describe)]
+        return [start_save(plan, values, lambda: registry.location(created(directory)), describe)]
 
     def restore(
         self, directory: epath.Path, item: Any = None, restore_args: Any = None, args: args_lib.PyTreeRestore | None = None
@@ -178,7 +188,7 @@ class PyTreeCheckpointHandler(AsyncCheckpointHandler):
           partial: leave out what the target does not name, instead of refusing it.
         """
         registry = discovery.ready(self.registry)
-        with StoredTree(registry.location(directory), registry) as stored:
+        with StoredTree(registry.location(directory), registry, self._aggregate_file) as stored:
             if target is None and restore_args is None:
                 return self._nested(stored, _restore_all(stored, defaults, self._restore_bytes))
             wanted = _Wanted(registry, stored, defaults, typed_by_target=typed_by_target)
@@ -192,7 +202,7 @@ class PyTreeCheckpointHandler(AsyncCheckpointHandler):
     def metadata(self, directory: epath.Path) -> TreeMetadata:
         """The tree with the metadata of each leaf in its place; no array is read."""
         registry = discovery.ready(self.registry)
-        with StoredTree(registry.location(directory), registry) as stored:
+        with StoredTree(registry.location(directory), registry, self._aggregate_file) as stored:
             entries = stored.document.entries
             values = [None if is_empty_node(entry) else _leaf_metadata(stored, entry, directory) for entry in entries]
             return TreeMetadata(tree=self._nested(stored, values), custom_metadata=stored.document.custom_metadata)

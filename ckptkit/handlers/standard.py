@@ -11,7 +11,7 @@ import numpy as np
 
 from ckptkit import args as args_lib
 from ckptkit import errors, tree
-from ckptkit.handlers.base import DelegatingHandler, folded_args
+from ckptkit.handlers.base import DeferredPathAsyncCheckpointHandler, DelegatingHandler, PathAwaitingCreation, folded_args
 from ckptkit.handlers.pytree import PyTreeCheckpointHandler
 from ckptkit.metadata.values import TreeMetadata
 from ckptkit.options import MultiprocessingOptions, PyTreeMetadataOptions, RestoreDefaults
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["StandardCheckpointHandler"]
 
 
-class StandardCheckpointHandler(DelegatingHandler):
+class StandardCheckpointHandler(DelegatingHandler, DeferredPathAsyncCheckpointHandler):
     """Saves trees of jax.Array, np.ndarray, int, float and bool, and of leaf types that plugins add."""
 
     def __init__(
@@ -54,7 +54,11 @@ class StandardCheckpointHandler(DelegatingHandler):
         return "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler"
 
     async def async_save(
-        self, directory: epath.Path, item: Any = None, save_args: Any = None, args: args_lib.StandardSave | None = None
+        self,
+        directory: epath.Path | PathAwaitingCreation,
+        item: Any = None,
+        save_args: Any = None,
+        args: args_lib.StandardSave | None = None,
     ) -> list[Future[Any]]:
         """Stages the tree and starts to write it. `item` and `save_args` are deprecated: `args` says the same.
 
