@@ -108,8 +108,6 @@ def _target(expected: Any) -> Any:
 def test_checkpoints_of_every_minor_release_are_kept() -> None:
     releases = {release.rsplit(".", 1)[0] for release in ARCHIVES}
     assert releases == {f"0.{minor}" for minor in range(2, 13)}
-        release.rsplit(".", 1)[0] for release in ARCHIVES
-    }
 
 
 @pytest.mark.parametrize(("release", "kind"), TREES)
