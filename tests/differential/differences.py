@@ -90,7 +90,7 @@ DIFFERENCES = [
         "refused",
         "what is stored here is not the data of one",
         "Orbax returns plain numbers where PRNG keys were asked for",
-        Restore(_X, {"a": jax.random.key(0)}),
+        Restore({"a": jnp.ones(2)}, {"a": jax.random.key(0)}, _NOT_STRICT),
     ),
     Difference(
         "refused",
@@ -133,9 +133,9 @@ DIFFERENCES = [
     ),
     Difference(
         "accepted",
-        "(Source|Destination) does not support",
+        "(Source|Destination) does not support|Encountered error while reading array index",
         "every cast that numpy has works, not only TensorStore's",
-        Restore({"a": jnp.zeros(2, jnp.complex64)}, {"a": jax.ShapeDtypeStruct((2,), bool, sharding=REPLICATED)}),
+        Restore({"a": jnp.zeros(2, jnp.complex64)}, {"a": np.zeros(2, bool)}),
     ),
     Difference(
         "accepted",
@@ -165,19 +165,19 @@ DIFFERENCES = [
         "accepted",
         "TypeHandler lookup failed",
         "the RestoreArgs of a leaf that is left alone do not matter",
-        RestoreLeaves(_X, {"a": ...}, {"a": _restore_args(restore_type=Opaque)}),
+        RestoreLeaves({"a": 1}, {"a": ...}, {"a": _restore_args(restore_type=Opaque)}, partial=True),
     ),
     Difference(
         "accepted",
         "template has type <class 'ellipsis'>",
         "`...` may stand for a whole part of the tree",
-        RestoreLeaves({"a": {"b": 1}}, {"a": {"b": ...}}, None),
+        RestoreLeaves({"a": {"b": 1}}, {"a": ...}, None, partial=True),
     ),
     Difference(
         "accepted",
         "Tree is not complete",
         "None among restore_args stands for RestoreArgs() also without an item",
-        RestoreLeaves(_X, None, {"a": None}),
+        RestoreLeaves({"a": 1.5}, {"a": 1.5}, {"a": None}, partial=True),
     ),
     Difference(
         "accepted",
@@ -229,7 +229,7 @@ DIFFERENCES = [
         "refused",
         "without OCDBT it becomes a directory",
         "names that leave, or are, the checkpoint's directory make no files",
-        Save("Standard", {"a/b": np.arange(3)}, options={"use_ocdbt": False}),
+        Save("PyTree", 3, options={"use_ocdbt": False}),
     ),
     # Save: Orbax refuses.
     Difference("accepted", "Found empty item", "an empty tree comes back as it was", Save("PyTree", {})),
@@ -262,12 +262,12 @@ DIFFERENCES = [
         "error",
         "^TypeError: JAX encountered invalid PRNG key data",
         "PRNG keys of another shape are a ValueError that names the leaf",
-        Restore(_KEYS, {"a": jax.random.split(jax.random.key(0), 2)}, _NOT_STRICT),
+        RestoreLeaves({"a": jax.random.key(0)}, None, {"a": _array_args(global_shape=(3,), strict=False)}),
     ),
     Difference(
         "error",
         "^IndexError: list index out of range",
         "an error of Orbax's own making, for a sharding of more axes than the array",
-        RestoreLeaves({"a": jnp.ones(())}, None, {"a": _array_args(sharding=_ONE_AXIS)}),
+        RestoreLeaves({"a": 3}, None, {"a": _array_args(sharding=_ONE_AXIS)}),
     ),
 ]
