@@ -679,3 +679,106 @@ def test_a_small_checkpoint_has_no_more_files_than_orbaxs(tmp_path: Path) -> Non
         checkpointer = library.Checkpointer(library.StandardCheckpointHandler())
         checkpointer.save(tmp_path / library.__name__, args=library.args.StandardSave({"a": jnp.ones(2)}))
     assert len(_files(tmp_path / "ckptkit")) <= len(_files(tmp_path / "orbax.checkpoint"))
+
+
+# Details of what is refused, and of what is taken that Orbax refuses.
+
+
+@pytest.mark.parametrize("number", [2**63, -(2**63) - 1, 2**70])
+def test_integers_beyond_64_bits_are_refused(path: Path, number: int) -> None:
+    with pytest.raises(ValueError, match=r"\('a',\): .*64"):
+        _standard().save(path, {"a": number})
+
+
+def test_a_dtype_to_save_in_leaves_keys_alone(path: Path) -> None:
+    tree = {"a": jax.random.split(jax.random.key(1), 3)}
+    _standard().save(path, args=args.StandardSave(tree, {"a": ckptkit.SaveArgs(dtype=np.float32)}))
+    trees.assert_same(_standard().restore(path), tree)
+
+
+@pytest.mark.parametrize("save_args", [{"b": ckptkit.SaveArgs()}, {"a": {"b": ckptkit.SaveArgs()}}, {"a": 5}])
+def test_save_args_of_another_structure_are_refused(path: Path, save_args: Any) -> None:
+    with pytest.raises(ValueError, match="save_args"):
+        _standard().save(path, args=args.StandardSave({"a": np.ones(2)}, save_args))
+
+
+@pytest.mark.parametrize("handler", ["Standard", "PyTree"])
+def test_a_placeholder_in_a_target_is_left_alone(path: Path, handler: str) -> None:
+    checkpointer = {"Standard": _standard, "PyTree": _pytree}[handler]()
+    checkpointer.save(path, {"a": np.ones(2), "b": 2})
+    assert checkpointer.restore(path, {"a": ..., "b": 0}) == {"a": ..., "b": 2}
+
+
+def test_str_and_objects_in_a_target_are_refused_at_once(path: Path) -> None:
+    _standard().save(path, {"a": 1, "b": 2})
+    with pytest.raises(ValueError, match=r"(?s)2 that do not fit:.*\('b',\): Unsupported type.*\('a',\)"):
+        _standard().restore(path, {"a": "text", "b": object()})
+
+
+def test_a_str_is_restored_where_one_was_saved(path: Path) -> None:
+    _pytree().save(path, {"a": "text"})
+    assert _standard().restore(path, {"a": ""}) == {"a": "text"}
+
+
+@pytest.mark.parametrize("dtype", [np.bool_, np.int8, np.float32])
+def test_casts_are_numpys(path: Path, dtype: Any) -> None:
+    saved = np.array([0, 1.5 + 2j, 2j], np.complex64)
+    _standard().save(path, {"a": saved})
+    with pytest.warns(UserWarning, match="change their kind of number"):
+        restored = _standard().restore(path, {"a": np.zeros(3, dtype)})["a"]
+    trees.assert_same(restored, (saved if dtype == np.bool_ else saved.real).astype(dtype))
+
+
+def test_another_number_of_axes_is_refused_though_not_strict(path: Path) -> None:
+    _standard().save(path, {"a": jnp.ones((2, 3))})
+    target = {"a": jax.ShapeDtypeStruct((6,), np.float32)}
+    with pytest.raises(ValueError, match="stored with 2 axes, requested with 1; strict=False changes lengths only"):
+        _standard().restore(path, args=args.StandardRestore(target, strict=False))
+
+
+def test_a_leaf_asked_for_where_an_empty_node_is_stored_is_refused(path: Path) -> None:
+    _standard().save(path, {"a": {}, "b": 1})
+    with pytest.raises(ValueError, match=r"\('a',\): a int was asked for, but an empty node \(Dict\) is stored"):
+        _standard().restore(path, {"a": 3, "b": 1})
+
+
+@pytest.mark.parametrize("tree", [{}, [], ()])
+def test_an_empty_tree_comes_back_under_pytree(path: Path, tree: Any) -> None:
+    _pytree().save(path, tree)
+    assert _pytree().restore(path) == tree
+
+
+def test_pytree_refuses_to_aggregate(path: Path) -> None:
+    with pytest.raises(ValueError, match="Unsupported option `aggregate`"):
+        _pytree().save(path, args=args.PyTreeSave({"a": 1}, {"a": ckptkit.SaveArgs(aggregate=True)}))
+
+
+def test_a_partial_restore_of_a_tree_that_differs_is_refused(path: Path) -> None:
+    _pytree().save(path, {"a": {"b": 1}})
+    with pytest.raises(ValueError, match=r"\('a', '0'\)"):
+        _pytree().restore(path, args=args.PyTreeRestore({"a": [1]}, partial_restore=True))
+
+
+def test_restore_args_without_an_item_may_be_of_the_classes_that_were_saved(path: Path) -> None:
+    _pytree().save(path, {"a": trees.Pair(1, 2), "b": 3})
+    restore_args = {"a": trees.Pair(ckptkit.RestoreArgs(restore_type=float), None), "b": None}
+    assert _pytree().restore(path, args=args.PyTreeRestore(restore_args=restore_args)) == {"a": trees.Pair(1.0, 2), "b": 3}
+
+
+def test_an_array_without_a_sharding_goes_to_the_default_device(path: Path) -> None:
+    _pytree().save(path, {"a": np.ones(2, np.float32)})
+    restored = _pytree().restore(path, args=args.PyTreeRestore(restore_args={"a": ckptkit.ArrayRestoreArgs()}))
+    trees.assert_same(restored, {"a": jnp.ones(2)})
+
+
+def test_the_shape_asked_of_keys_is_the_keys(path: Path) -> None:
+    keys = jax.random.split(jax.random.key(1), 3)
+    _pytree().save(path, {"a": keys})
+
+    def restored(shape: tuple[int, ...]) -> Any:
+        restore_args = {"a": ckptkit.ArrayRestoreArgs(global_shape=shape, sharding=keys.sharding)}
+        return _pytree().restore(path, args=args.PyTreeRestore(restore_args=restore_args))
+
+    trees.assert_same(restored((3,)), {"a": keys})
+    with pytest.raises(ValueError, match="requested"):
+        restored((3, 2))

@@ -25,7 +25,7 @@ from ckptkit.metadata.tree import TREE_FILE, Entry, is_empty_node, nest
 from ckptkit.metadata.values import ArrayMetadata, ScalarMetadata, StorageMetadata, StringMetadata, TreeMetadata
 from ckptkit.options import MultiprocessingOptions, PyTreeMetadataOptions, RestoreDefaults, StorageOptions
 from ckptkit.pipeline.plan import PLAIN, LeafRules, plan_save
-from ckptkit.pipeline.restore import RestoreItem, restore_leaves
+from ckptkit.pipeline.restore import RestoreItem, restore_leaves, unrestorable
 from ckptkit.pipeline.save import start_save
 from ckptkit.processes import check_takes_part
 from ckptkit.registry import Registry
@@ -279,7 +279,8 @@ class _Wanted:
                 ):
                     continue
                 self._add(position, path, entries[path], value if target is not None else None, requests[position], mismatched)
-        self._refuse(missing, sorted(unexpected), mismatched)
+        if missing or unexpected or mismatched:  # then what else is wrong is told too
+            self._refuse(missing, sorted(unexpected), [*mismatched, *unrestorable(self.items)])
         return structure
 
     def _is_empty_too(self, path: tuple[str, ...], entry: Entry, value: Any, mismatched: list[str]) -> bool:
@@ -350,8 +351,7 @@ class _Wanted:
             )
         if mismatched:
             sections.append(f"\n{len(mismatched)} that do not fit:{errors.listing(mismatched)}")
-        if sections:
-            raise errors.TargetError(f"The target and the checkpoint {self._stored.location.url} differ." + "".join(sections))
+        raise errors.TargetError(f"The target and the checkpoint {self._stored.location.url} differ." + "".join(sections))
 
 
 def _leaf_metadata(stored: StoredTree, entry: Entry, directory: epath.Path) -> Any:
