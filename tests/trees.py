@@ -103,7 +103,9 @@ def assert_same(found: Any, expected: Any, where: str = "") -> None:
         assert (type(found), found.dtype, found.shape) == (np.ndarray, expected.dtype, expected.shape), (where, found, expected)
         assert found.tobytes() == expected.tobytes(), (where, found, expected)
     else:
-        assert (type(found), found) == (type(expected), expected), (where, found, expected)
+        both_nan = isinstance(expected, float) and expected != expected and found != found  # noqa: PLR0124 - what nan is
+        assert type(found) is type(expected), (where, found, expected)
+        assert both_nan or found == expected, (where, found, expected)
 
 
 def _assert_same_array(found: Any, expected: jax.Array, where: str) -> None:

@@ -88,6 +88,12 @@ DIFFERENCES = [
     ),
     Difference(
         "refused",
+        "an empty .* was asked for, but a leaf is stored",
+        "Orbax leaves out, without a word, a leaf whose place is taken by an empty container",
+        Restore({"a": 1, "b": 1}, {"a": {}, "b": 1}),
+    ),
+    Difference(
+        "refused",
         "what is stored here is not the data of one",
         "Orbax returns plain numbers where PRNG keys were asked for",
         Restore({"a": jnp.ones(2)}, {"a": jax.random.key(0)}, _NOT_STRICT),
@@ -166,6 +172,13 @@ DIFFERENCES = [
         "TypeHandler lookup failed",
         "the RestoreArgs of a leaf that is left alone do not matter",
         RestoreLeaves({"a": 1}, {"a": ...}, {"a": _restore_args(restore_type=Opaque)}, partial=True),
+    ),
+    Difference(
+        "accepted",
+        "is not compatible with the stored shape|Ranks do not match",
+        "the same, where they ask for a shape",
+        RestoreLeaves(_KEYS, {"a": ...}, {"a": _array_args(global_shape=(3,))}, partial=True),
+        lambda gap, leaf: any(leaf is ... for leaf in jax.tree.leaves(gap.ours)),
     ),
     Difference(
         "accepted",
@@ -263,6 +276,12 @@ DIFFERENCES = [
         "^TypeError: JAX encountered invalid PRNG key data",
         "PRNG keys of another shape are a ValueError that names the leaf",
         RestoreLeaves({"a": jax.random.key(0)}, None, {"a": _array_args(global_shape=(3,), strict=False)}),
+    ),
+    Difference(
+        "error",
+        "^TypeError: Unsupported type: <class 'complex'>",
+        "Python's complex is a leaf, so it is refused for its save_args alone",
+        OneArray(1j, Spec("SaveArgs", {"aggregate": True})),
     ),
     Difference(
         "error",
