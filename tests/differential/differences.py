@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from differential.cases import REPLICATED, Opaque, Point, Spec
-from differential.comparisons import Comparison, Restore, RestoreLeaves, Save
+from differential.comparisons import Comparison, OneArray, Restore, RestoreLeaves, Save
 from differential.outcomes import Gap
 
 
