@@ -114,11 +114,11 @@ def stored_handler(registry: Registry, location: Location, own: Registry | None 
     recorded = step_metadata(location).item_handlers
     if isinstance(recorded, str):
         return make_handler(registry.handler_for_typestr(recorded), own)
-    if isinstance(recorded, dict):
+    if recorded:
         return make_handler(registry.handler_for_args(args_lib.Composite, use="restore"), own)
     if (args_class := args_for_files(location, registry)) is not None:
         return make_handler(registry.handler_for_args(args_class, use="restore"), own)
-    if item_folders(location, registry):
+    if recorded is not None or item_folders(location, registry):  # release 0.10.0 recorded an empty object of whatever it saved
         return make_handler(registry.handler_for_args(args_lib.Composite, use="restore"), own)
     listed = ", ".join(sorted(location.names())) or "nothing"
     raise errors.FormatError(
@@ -133,7 +133,7 @@ def check_not_composite(location: Location, restore_args: args_lib.CheckpointArg
       errors.ArgsError: names the items, and how to restore them.
     """
     recorded = step_metadata(location).item_handlers
-    if isinstance(recorded, dict) and not isinstance(restore_args, args_lib.Composite):
+    if recorded and isinstance(recorded, dict) and not isinstance(restore_args, args_lib.Composite):
         raise errors.ArgsError(
             f"{location.url} is a composite of {', '.join(sorted(recorded))}; restore it with "
             f"ckptkit.args.Composite(name={type(restore_args).__name__}(...)), or without args to get every item."

@@ -33,7 +33,18 @@ from ckptkit.reports import CleanReport
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["TEMPORARY_SUFFIX", "AnyPending", "Attempt", "Pending", "attempts", "begin", "clean", "identity", "resolve"]
+__all__ = [
+    "TEMPORARY_SUFFIX",
+    "AnyPending",
+    "Attempt",
+    "Pending",
+    "attempts",
+    "begin",
+    "check_free",
+    "clean",
+    "identity",
+    "resolve",
+]
 
 TEMPORARY_SUFFIX = ".orbax-checkpoint-tmp"
 _ASIDE_SUFFIX = f".ckptkit-old{TEMPORARY_SUFFIX}"
@@ -132,6 +143,19 @@ def _neighbours(path: str) -> str:
     return f"{parent} holds {', '.join(names[:20]) or 'nothing'}{' ...' if len(names) > 20 else ''}"
 
 
+def check_free(path: str, *, force: bool) -> None:
+    """Refuses a destination that is taken, or of a name that no checkpoint can have; makes nothing.
+
+    Raises:
+      errors.ExistsError: the destination exists, and `force` is False.
+      errors.ArgsError: the name is one for unfinished saves.
+    """
+    if path.endswith(TEMPORARY_SUFFIX):
+        raise errors.ArgsError(f"{path}: names that end in {TEMPORARY_SUFFIX} are for unfinished saves; choose another.")
+    if not force and (os.path.lexists(path) or os.path.isdir(path + _ASIDE_SUFFIX)):
+        raise _exists(path)
+
+
 def begin(location: Location, *, force: bool, mode: int | None) -> AnyPending:
     """An empty place for a save to `location` to write to. In a directory of this machine it is locked.
 
@@ -156,12 +180,9 @@ def begin(location: Location, *, force: bool, mode: int | None) -> AnyPending:
 
 def _begin(path: str, *, force: bool, mode: int | None) -> Pending:
     """A locked, empty temporary directory; what a killed save left there is removed."""
-    if path.endswith(TEMPORARY_SUFFIX):
-        raise errors.ArgsError(f"{path}: names that end in {TEMPORARY_SUFFIX} are for unfinished saves; choose another.")
+    check_free(path, force=force)
     with mapped_os_errors(path, "prepare the save"):
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        if not force and (os.path.lexists(path) or os.path.isdir(path + _ASIDE_SUFFIX)):
-            raise _exists(path)
         lock = _locked_directory(path + TEMPORARY_SUFFIX, path)
         try:
             _empty(path + TEMPORARY_SUFFIX)

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 
 import ckptkit
 from ckptkit import args, errors
@@ -265,3 +266,22 @@ def test_a_description_of_another_kind_is_an_error(tmp_path, text):
     (tmp_path / "key" / FILE_LIST).unlink()
     with pytest.raises(errors.FormatError):
         ckptkit.restore(tmp_path / "key")
+
+
+@pytest.mark.parametrize(
+    ("handler", "item", "save_args"),
+    [
+        (ckptkit.JaxRandomKeyCheckpointHandler, jax.random.key(3), args.JaxRandomKeySave),
+        (ckptkit.NumpyRandomKeyCheckpointHandler, np.random.RandomState(3).get_state(), args.NumpyRandomKeySave),
+    ],
+)
+def test_an_item_without_args_is_taken_with_a_warning(tmp_path, handler, item, save_args):
+    for name in ("item", "args", "positional"):
+        (tmp_path / name).mkdir()
+    with pytest.warns(DeprecationWarning, match=f"item .* deprecated; pass args={save_args.__name__}"):
+        handler().save(epath.Path(tmp_path / "item"), item)
+    handler().save(epath.Path(tmp_path / "args"), args=save_args(item))
+    handler().save(epath.Path(tmp_path / "positional"), save_args(item))  # as Orbax takes it
+    restored = [handler().restore(epath.Path(tmp_path / name)) for name in ("item", "args", "positional")]
+    for each in restored:
+        assert str(each) == str(item)

@@ -260,7 +260,7 @@ def test_skip_leaves_out_arrays_that_are_gone(tmp_path: Path) -> None:
 
 
 def test_on_corrupt_is_one_of_two_words(tmp_path: Path) -> None:
-    with pytest.raises(errors.ArgsError, match="'raise' or 'skip'"):
+    with pytest.raises(errors.ArgsError, match="one of raise, skip"):
         args.StandardRestore(on_corrupt="ignore")
     with pytest.raises(errors.ArgsError, match="goes with a tree"):
         ckptkit.restore(tmp_path, args.JsonRestore(), on_corrupt="skip")

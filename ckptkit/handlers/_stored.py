@@ -82,8 +82,13 @@ class StoredTree:
     """
 
     @paused_gc()
-    def __init__(self, location: Location, registry: Registry) -> None:
+    def __init__(self, location: Location, registry: Registry, aggregate_file: str | None = None) -> None:
         """Reads the small files and lists the arrays.
+
+        Args:
+          location: the directory.
+          registry: finds type handlers and storage backends.
+          aggregate_file: the name of an old release's msgpack file; None for its usual one.
 
         Raises:
           errors.NotFoundError: a file that a checkpoint cannot do without is missing.
@@ -91,11 +96,12 @@ class StoredTree:
         """
         self.location = location
         self._registry = registry
+        self._aggregate_file = aggregate_file or AGGREGATE_FILE
         self.lost: dict[tuple[str, ...], errors.CheckpointError] = {}
         self.index: IndexDocument | None = self._optional(INDEX_FILE, decode_index, None)
         recorded: TreeDocument | None = self._optional(TREE_FILE, decode_tree, None)
         needed = recorded is None or any(map(_is_aggregated, recorded.entries))
-        self._aggregate: Aggregate | None = read_aggregate(location) if needed else None
+        self._aggregate: Aggregate | None = read_aggregate(location, self._aggregate_file) if needed else None
         if recorded is None and self._aggregate is not None:
             recorded = self._aggregate.document
         self.reader: Reader = self._open() if recorded is None or any(map(_has_array, recorded.entries)) else _NoArrays()
@@ -105,7 +111,7 @@ class StoredTree:
             self._arrays: Mapping[str, ArraySpec] = self._listed_arrays()
             self.only_names = recorded is None
             self.document: TreeDocument = recorded or self._inferred()
-            self._shardings = self._optional(sharding_documents.SHARDING_FILE, sharding_documents.decode_file, {})
+            self._shardings = self._optional(sharding_documents.SHARDING_FILE, self._decode_shardings, {})
             self._strings = self._optional(array_documents.STRINGS_FILE, self._decode_strings, {})
             self._records = self._array_records()
         except BaseException:
@@ -175,8 +181,8 @@ class StoredTree:
         if array is None:
             state = "is missing" if self._aggregate is None else "does not hold it"
             raise errors.NotFoundError(
-                f"{self._where(entry)} was saved into the file {AGGREGATE_FILE!r}, which {state}; the checkpoint is damaged, or "
-                "was not copied as a whole."
+                f"{self._where(entry)} was saved into the file {self._aggregate_file!r}, which {state}; the checkpoint is "
+                "damaged, or was not copied as a whole."
             )
         return LeafSpec(entry.value_type, array)
 
@@ -230,6 +236,9 @@ class StoredTree:
         """The type handler that makes what a request names: that of its `restore_type`, or the one that wrote the leaf."""
         named = None if request.restore_type is None else self._registry.type_handler_for(request.restore_type)
         return named or self.type_handler(spec)
+
+    def _decode_shardings(self, data: bytes, where: str) -> Mapping[str, Mapping[str, Any]]:
+        return sharding_documents.decode_file(data, where, self._arrays)
 
     def _decode_strings(self, data: bytes, where: str) -> Mapping[str, str]:
         names = [entry.name for entry in self.document.entries if entry.value_type == "string" and not entry.skip]

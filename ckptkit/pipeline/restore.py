@@ -23,7 +23,7 @@ from ckptkit.pipeline.memory import aligned_empty
 from ckptkit.processes import Job
 from ckptkit.storage.base import PartialReader, Reader
 
-__all__ = ["RestoreItem", "restore_leaves"]
+__all__ = ["RestoreItem", "restore_leaves", "unrestorable"]
 
 
 KeyPath = tuple[str, ...]
@@ -97,13 +97,25 @@ def restore_leaves(
     return leaves
 
 
-@paused_gc()
-def _needs(items: Sequence[RestoreItem], where: str) -> list[Sequence[Index]]:
-    needs: list[Any] = [None] * len(items)
+def unrestorable(items: Sequence[RestoreItem]) -> list[str]:
+    """For each leaf that cannot be restored as requested, its key path and why."""
+    answers = zip(items, _answers(items), strict=True)
+    return [f"{item.key_path}: {answer.message}" for item, answer in answers if isinstance(answer, Problem)]
+
+
+def _answers(items: Sequence[RestoreItem]) -> list[Any]:
+    """For each leaf the parts that must be read, or the `Problem` with it."""
+    answers: list[Any] = [None] * len(items)
     for handler, members in _grouped(items).items():
         found = handler.needs([items[i].spec for i in members], [items[i].request for i in members], Job())
-        for i, need in zip(members, found, strict=True):
-            needs[i] = need
+        for i, answer in zip(members, found, strict=True):
+            answers[i] = answer
+    return answers
+
+
+@paused_gc()
+def _needs(items: Sequence[RestoreItem], where: str) -> list[Sequence[Index]]:
+    needs = _answers(items)
     problems = [(item.key_path, need) for item, need in zip(items, needs, strict=True) if isinstance(need, Problem)]
     if not problems:
         return needs
