@@ -39,9 +39,12 @@ docs: $(VENV)/with-docs
 clean:
 	rm -rf $(VENV) build dist site .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 
+# Plugins are tested where the core is, and bring what their tests need.
+$(VENV)/with-test: PLUGIN_EXTRA := [test]
+
 # One stamp for each extra of pyproject.toml: pip runs again only when a list of packages has changed.
 $(VENV)/with-%: pyproject.toml $(PLUGINS:%=%/pyproject.toml) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PLUGINS:%=--editable %) --editable '.[$*]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PLUGINS:%=--editable '%$(PLUGIN_EXTRA)') --editable '.[$*]'
 	@touch $@
 
 $(BIN)/python:

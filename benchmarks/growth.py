@@ -94,7 +94,7 @@ def table(title: str, rows: dict[int, dict[str, float]]) -> None:
 
 def plot(path: Path, by_leaves: dict[int, dict[str, float]], by_bytes: dict[int, dict[str, float]]) -> None:
     """Both tables as lines on logarithmic axes."""
-    import matplotlib.pyplot as plt  # noqa: PLC0415 - measuring does not need it
+    import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for axis, rows, label in zip(axes, (by_leaves, by_bytes), ("leaves of 1 KB", "MB in 8 leaves"), strict=True):

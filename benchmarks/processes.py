@@ -41,7 +41,7 @@ def free_port() -> int:
 
 def job(rank: int, count: int, port: int, options: argparse.Namespace, folder: str) -> None:
     """One process: saves and restores with each program; process 0 prints the seconds of the best round."""
-    import jax  # noqa: PLC0415 - the process that starts the jobs needs none of these
+    import jax
 
     jax.config.update("jax_num_cpu_devices", 2)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -58,8 +58,8 @@ def job(rank: int, count: int, port: int, options: argparse.Namespace, folder: s
 
 def tree_of(leaves: int, byte_count: int) -> dict[str, Any]:
     """Matrices whose rows lie on all devices of all processes."""
-    import jax  # noqa: PLC0415 - as above
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: PLC0415 - as above
+    import jax
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     rows = NamedSharding(Mesh(np.array(jax.devices()), ("x",)), PartitionSpec("x"))
     value = np.random.default_rng(0).standard_normal((64, byte_count // 256), np.float32)
@@ -68,12 +68,12 @@ def tree_of(leaves: int, byte_count: int) -> dict[str, Any]:
 
 def one_round(program: str, path: str, tree: Any, target: Any) -> dict[str, float]:
     """Seconds until the caller may go on, until the checkpoint is there, and of a restore."""
-    import jax  # noqa: PLC0415 - as above
+    import jax
 
     if program == "ckptkit":
-        from ckptkit import StandardCheckpointer as Checkpointer  # noqa: PLC0415 - one of the two
+        from ckptkit import StandardCheckpointer as Checkpointer
     else:
-        from orbax.checkpoint import StandardCheckpointer as Checkpointer  # noqa: PLC0415 - the other
+        from orbax.checkpoint import StandardCheckpointer as Checkpointer
     with Checkpointer() as checkpointer:
         start = time.perf_counter()
         checkpointer.save(path, tree)
@@ -124,10 +124,10 @@ def print_saves(options: argparse.Namespace) -> None:
 def print_meetings(options: argparse.Namespace) -> None:
     """Seconds that the points of one save take, by number of processes."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # each client says when it leaves
-    from jaxlib import _jax  # noqa: PLC0415 - as above
+    from jaxlib import _jax
 
-    from ckptkit import meeting  # noqa: PLC0415 - as above
-    from ckptkit.processes import Job  # noqa: PLC0415 - as above
+    from ckptkit import meeting
+    from ckptkit.processes import Job
 
     print(f"{'processes':>9}{'seconds a save':>18}{'us a process':>16}")
     for count in map(int, options.meetings.split(",")):
@@ -170,11 +170,11 @@ def in_threads(calls: list[Callable[[], Any]]) -> None:
 
 def print_merge(options: argparse.Namespace) -> None:
     """Seconds to merge what 16 processes wrote of arrays of one chunk a process, by number of arrays."""
-    from ckptkit.grid import ArraySpec, Chunk  # noqa: PLC0415 - as above
-    from ckptkit.location import FileLocation  # noqa: PLC0415 - as above
-    from ckptkit.options import StorageOptions  # noqa: PLC0415 - as above
-    from ckptkit.processes import Job  # noqa: PLC0415 - as above
-    from ckptkit.storage.ocdbt import OcdbtBackend  # noqa: PLC0415 - as above
+    from ckptkit.grid import ArraySpec, Chunk
+    from ckptkit.location import FileLocation
+    from ckptkit.options import StorageOptions
+    from ckptkit.processes import Job
+    from ckptkit.storage.ocdbt import OcdbtBackend
 
     count, backend = 16, OcdbtBackend()
     print(f"{'keys':>9}{'seconds':>12}{'us a key':>12}")

@@ -9,20 +9,22 @@ from queue import SimpleQueue
 from typing import Any, Self, TypeVar
 
 T = TypeVar("T")
+_Calls = SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
 
 
 class Workers:
     """A few threads that take calls in order; a context manager that waits for all of them.
 
     The standard library's executor takes nothing any more once the interpreter is about to exit, which is just when a save in
-    flight must be finished. These threads are no daemons: the interpreter waits for them too.
+    flight must be finished. These threads are daemons: whoever has work done here waits for it and is itself waited for at exit,
+    while threads that a Ctrl-C kept from being closed must not hold the interpreter up for ever.
     """
 
     def __init__(self, count: int, name: str) -> None:
         self._count = count
         self._name = name
         self._threads: list[threading.Thread] = []
-        self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        self._calls = _Calls()
         self._closed = False
 
     def submit(self, function: Callable[..., T], *args: Any) -> Future[T]:
@@ -36,13 +38,14 @@ class Workers:
         return future
 
     def _start_thread(self) -> None:
-        thread = threading.Thread(target=self._run, name=f"{self._name}-{len(self._threads)}", daemon=False)
+        name = f"{self._name}-{len(self._threads)}"
+        thread = threading.Thread(target=_run, args=(self._calls,), name=name, daemon=True)
         try:
             thread.start()
         except RuntimeError:  # Python 3.12 starts none once the main thread has ended, and a process may have too many
             if not self._threads:
                 self._calls.put(None)
-                self._run()
+                _run(self._calls)
         else:
             self._threads.append(thread)
 
@@ -65,15 +68,21 @@ class Workers:
     def __exit__(self, *error: object) -> None:
         self.close(cancel=error[0] is not None)
 
-    def _run(self) -> None:
-        while (call := self._calls.get()) is not None:
-            future, function = call
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                result = function()
-            except BaseException as error:  # noqa: BLE001 - it is raised again where the future's result is asked for
-                future.set_exception(error)
-            else:
-                future.set_result(result)
-            del call, future, function
+    def __del__(self) -> None:
+        for _ in self._threads:
+            self._calls.put(None)
+
+
+def _run(calls: _Calls) -> None:
+    """One thread; it refers to the queue alone, so that workers whom nobody uses any more end their threads."""
+    while (call := calls.get()) is not None:
+        future, function = call
+        if not future.set_running_or_notify_cancel():
+            continue
+        try:
+            result = function()
+        except BaseException as error:  # noqa: BLE001 - it is raised again where the future's result is asked for
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+        del call, future, function

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import atexit
-import os
-import sys
+import contextlib
 import threading
-import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
 
-from ckptkit import errors
+from ckptkit import _lifetime, errors
+from ckptkit._checks import given_options
 from ckptkit.checkpointer import Checkpointer, Path
 from ckptkit.handlers.base import CheckpointHandler
 from ckptkit.metadata.step import StepMetadata
@@ -49,12 +47,12 @@ class AsyncCheckpointer(Checkpointer):
             file_options=file_options,
             observers=observers,
         )
-        self._options = async_options or AsyncOptions()
+        self._options = given_options(self, "async_options", async_options, AsyncOptions)
+        self._deferring = self._options.create_directories_asynchronously
         if timeout_secs is not None:
             self._options = attrs.evolve(self._options, timeout_secs=timeout_secs)
         self._thread: threading.Thread | None = None
         self._saving = threading.Lock()  # one save at a time, whoever calls
-        self.unseen_error: BaseException | None = None
 
     def save(
         self,
@@ -66,20 +64,27 @@ class AsyncCheckpointer(Checkpointer):
     ) -> None:
         """Starts a save; returns when the caller may change or donate its arrays. As `Checkpointer.save` otherwise.
 
+        Where no thread starts, as once the program has ended, it returns when everything is written.
+
         Raises:
+          errors.TimeoutError: the save before it did not finish in time; this one is not started then.
           errors.AsyncSaveError, errors.CheckpointError: also what went wrong in the previous save, if that was not seen yet;
             this one is not started then.
         """
-        with self._saving:
+        self._refuse_own_thread()
+        if not self._saving.acquire(timeout=_seconds(self._options.timeout_secs)):
+            raise self._late(self._options.timeout_secs)
+        try:
             saving = self._start(directory, args, kwargs, force=force, custom_metadata=custom_metadata)
             try:
-                # Not a daemon, so that the interpreter waits for it at exit.
-                thread = threading.Thread(target=self._finish, args=(saving,), name="ckptkit-commit", daemon=False)
-                thread.start()
+                self._finish_in_thread(saving)
             except BaseException as error:
-                saving.abandon(error)
+                if saving.take():
+                    self._thread = None
+                    saving.abandon(error)
                 raise
-            self._thread = thread
+        finally:
+            self._saving.release()
 
     def restore(self, directory: Path, *args: Any, **kwargs: Any) -> Any:
         """As `Checkpointer.restore`; a save in flight is finished first, so that what was saved can be restored."""
@@ -104,20 +109,18 @@ class AsyncCheckpointer(Checkpointer):
         """As `wait_until_finished`, with a limit of its own; None waits as long as it takes."""
         thread = self._thread
         if thread is not None:
-            thread.join(timeout_secs)
+            _lifetime.refuse_fork()
+            self._refuse_own_thread()
+            thread.join(_seconds(timeout_secs))
             if thread.is_alive():
-                raise errors.TimeoutError(
-                    f"the save in the background did not finish within {timeout_secs} s; it goes on. Wait again, or allow more "
-                    "time with AsyncOptions(timeout_secs=...)."
-                )
+                raise self._late(timeout_secs)
             if self._thread is thread:
                 self._thread = None
         self.check_for_errors()
 
     def check_for_errors(self) -> None:
         """Raises what went wrong in the background, once; does not wait."""
-        error, self.unseen_error = self.unseen_error, None
-        _unseen.discard(self)
+        error = _lifetime.unseen.pop(self, None)
         if isinstance(error, errors.CheckpointError):
             raise error
         if error is not None:
@@ -125,7 +128,10 @@ class AsyncCheckpointer(Checkpointer):
 
     def is_saving_in_progress(self) -> bool:
         """Whether a save is in flight."""
-        return self._thread is not None and self._thread.is_alive()
+        if self._thread is None:
+            return False
+        _lifetime.refuse_fork()
+        return self._thread.is_alive()
 
     def close(self) -> None:
         """Waits for a save in flight, and releases the handler.
@@ -145,34 +151,48 @@ class AsyncCheckpointer(Checkpointer):
     def _get_ready(self) -> None:
         self.wait_until_finished()
 
+    def _finish_in_thread(self, saving: Saving) -> None:
+        """Starts the thread that commits; the caller commits where none starts, or none would be waited for."""
+        if not _lifetime.exiting():
+            # Not a daemon, so that the interpreter waits for it at exit.
+            self._thread = threading.Thread(target=self._finish, args=(saving,), name="ckptkit-commit", daemon=False)
+            with contextlib.suppress(RuntimeError):  # no more threads, or the interpreter is about to exit
+                self._thread.start()
+                return
+        self._thread = threading.current_thread()
+        try:
+            self._finish(saving)
+        finally:
+            self._thread = None
+        self.check_for_errors()
+
     def _finish(self, saving: Saving) -> None:
+        if not saving.take():
+            return
         try:
             saving.finish()
             if self._options.post_finalization_callback is not None:
                 self._options.post_finalization_callback()
         except BaseException as error:  # noqa: BLE001 - it is raised again in the thread that asks
-            self.unseen_error = error
-            _unseen.add(self)
+            _lifetime.unseen[self] = error
+
+    def _refuse_own_thread(self) -> None:
+        """Raises `errors.BusyError` in a callback of the save in flight, which is not over before the callback returns."""
+        if threading.current_thread() is self._thread:
+            raise errors.BusyError(
+                "a callback of a save cannot wait for that save, nor use its checkpointer, which would; use another checkpointer."
+            )
+
+    def _late(self, timeout_secs: float | None) -> errors.TimeoutError:
+        return errors.TimeoutError(
+            f"the save in the background did not finish within {timeout_secs} s; it goes on. Wait again, or allow more "
+            "time with AsyncOptions(timeout_secs=...)."
+        )
 
 
-_unseen: set[AsyncCheckpointer] = set()
-"""Checkpointers with an error that nobody was told of; kept alive here where nobody else keeps them."""
-
-
-@atexit.register
-def _report_unseen_errors() -> None:
-    """Makes the interpreter exit with status 1 where a save failed in the background and nobody was told.
-
-    Threads have been joined by now, so every save has ended.
-    """
-    if not _unseen:
-        return
-    for checkpointer in _unseen:
-        sys.stderr.write("ckptkit: a save in the background failed, and the program ended without asking for it:\n")
-        traceback.print_exception(checkpointer.unseen_error)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)  # an exit handler has no other way to set the status
+def _seconds(timeout_secs: float | None) -> float:
+    """A timeout as locks and threads take it, which refuse one that is too long for the system's clock."""
+    return threading.TIMEOUT_MAX if timeout_secs is None else min(timeout_secs, threading.TIMEOUT_MAX)
 
 
 class SaveHandle:

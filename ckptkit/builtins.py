@@ -22,6 +22,7 @@ from ckptkit.leaves.scalar import ScalarHandler
 from ckptkit.leaves.string import StringHandler
 from ckptkit.location import FileLocation
 from ckptkit.metadata.values import ArrayMetadata, ScalarMetadata, StringMetadata
+from ckptkit.storage.kvstore import memory_location
 from ckptkit.storage.ocdbt import OcdbtBackend
 from ckptkit.storage.zarr import ZarrBackend
 
@@ -33,7 +34,7 @@ __all__ = ["ckptkit_register"]
 
 @hookimpl
 def ckptkit_register(registry: Registry) -> None:
-    """Binds args to handlers, leaf types to type handlers, and names the backends and the scheme."""
+    """Binds args to handlers, leaf types to type handlers, and names the backends and the schemes."""
     registry.add_args(args.StandardSave, StandardCheckpointHandler, for_save=True)
     registry.add_args(args.StandardRestore, StandardCheckpointHandler, for_restore=True)
     registry.add_args(args.PyTreeSave, PyTreeCheckpointHandler, for_save=True)
@@ -55,6 +56,7 @@ def ckptkit_register(registry: Registry) -> None:
     registry.add_storage(OcdbtBackend())
     registry.add_storage(ZarrBackend())
     registry.add_scheme("file", _file_location)
+    registry.add_scheme("memory", memory_location)
 
 
 def _file_location(path_or_url: str) -> FileLocation:

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 import attrs
-from etils import epath
 
-from ckptkit import choosing, commit, discovery, errors, joint, meeting, reports
-from ckptkit.handlers.base import AsyncCheckpointHandler, CheckpointHandler, run_coroutine
-from ckptkit.location import FileLocation, Location
-from ckptkit.meeting import Meeting
+from ckptkit import _lifetime, choosing, discovery, errors, meeting, reports
+from ckptkit._checks import a, given_options, optional
+from ckptkit.file_list import read_file_list
+from ckptkit.handlers.base import AsyncCheckpointHandler, CheckpointHandler, DeferredPathAsyncCheckpointHandler, run_coroutine
+from ckptkit.location import Location
 from ckptkit.metadata.json import checked_custom
 from ckptkit.metadata.step import StepMetadata
 from ckptkit.options import FileOptions, MultiprocessingOptions
 from ckptkit.processes import job_of
 from ckptkit.registry import Registry
-from ckptkit.saving import Saving, checked_futures
+from ckptkit.saving import Beginning, Saving, checked_futures
 
 __all__ = ["Checkpointer", "Path"]
 
@@ -29,6 +29,8 @@ Path = str | os.PathLike[str]
 
 class Checkpointer:
     """Saves and restores checkpoints; each call is complete when it returns. A context manager."""
+
+    _deferring = False  # whether the directory may be made after the handler was called
 
     def __init__(
         self,
@@ -49,17 +51,16 @@ class Checkpointer:
           observers: objects with `ckptkit.hookimpl` methods, told of saves, restores and progress.
 
         Raises:
-          errors.ArgsTypeError: `handler` is not a `CheckpointHandler`.
+          errors.ArgsTypeError: an argument of another type, such as a handler's class in the place of an instance.
           errors.ArgsError: an observer implements no hook.
         """
-        if handler is not None and not isinstance(handler, CheckpointHandler):
-            raise errors.ArgsTypeError(
-                f"handler must be a CheckpointHandler, not {handler!r}; pass an instance of a handler class."
-            )
+        optional(a(CheckpointHandler, "an instance of a CheckpointHandler, or None"))(self, "handler", handler)
+        optional(a(Registry, "a ckptkit.Registry, or None"))(self, "registry", registry)
+        a(Iterable, "objects with ckptkit.hookimpl methods")(self, "observers", observers)
         self._handler = handler
         self._registry = registry
-        self._multiprocessing_options = multiprocessing_options or MultiprocessingOptions()
-        self._file_options = file_options or FileOptions()
+        self._processes = given_options(self, "multiprocessing_options", multiprocessing_options, MultiprocessingOptions)
+        self._file_options = given_options(self, "file_options", file_options, FileOptions)
         self._notifier = discovery.notifier(registry, observers)
         self._closed = False
         discovery.ready(registry)  # now, since importing backends and plugins would otherwise hold up the first save
@@ -90,7 +91,7 @@ class Checkpointer:
 
         Raises:
           errors.ExistsError: the destination exists, and `force` is False.
-          errors.ArgsError: the args do not belong to the handler.
+          errors.ArgsError: the args do not belong to the handler, or `multiprocessing_options` not to this job.
           errors.TreeError: lists every leaf that cannot be saved.
           errors.BusyError: another writer is saving to `directory`.
           errors.StorageError: the disk failed; what was there before is still there.
@@ -115,26 +116,22 @@ class Checkpointer:
         self._check_open()
         start = time.monotonic()
         registry = discovery.ready(self._registry)
-        while True:
-            location = choosing.resolved(registry, registry.location(directory))
-            identity = commit.identity(location)
-            tracker = reports.Tracker("restore", location.url, self._notifier.progress)
-            handler = self._handler
-            try:
-                handler, restore_args = self._restore_handler(registry, location, args, kwargs)
-                with reports.tracking(tracker):
-                    restored = handler.restore(epath.Path(location.url), args=restore_args)
-            except errors.CheckpointError:
-                if commit.identity(location) == identity:
-                    raise
-            else:
-                if commit.identity(location) == identity:
-                    break
-            finally:
-                tracker.finish()
-                if handler is not None and handler is not self._handler:
-                    handler.close()
-            # Another checkpoint took this one's place meanwhile, and files were opened by path: start over with the new one.
+        for attempt in choosing.attempts(registry, directory):
+            with attempt as location:
+                tracker = reports.Tracker("restore", location.url, self._notifier.progress)
+                handler = self._handler
+                try:
+                    listed = read_file_list(location)
+                    tracker.verified = listed is not None
+                    if listed is not None:
+                        listed.check(location, choosing.files_asked_for(args, kwargs))
+                    handler, restore_args = self._restore_handler(registry, location, args, kwargs)
+                    with reports.tracking(tracker):
+                        restored = handler.restore(location.path, args=restore_args)
+                finally:
+                    tracker.finish()
+                    if handler is not None and handler is not self._handler:
+                        handler.close()
         self._notifier.restored(
             reports.RestoreReport(
                 path=location.url,
@@ -142,6 +139,7 @@ class Checkpointer:
                 leaf_count=tracker.leaf_count,
                 verified=tracker.verified,
                 total_secs=time.monotonic() - start,
+                corrupt=tuple(tracker.corrupt),
             )
         )
         return restored
@@ -150,18 +148,23 @@ class Checkpointer:
         """What is known of the checkpoint at `directory` without reading its arrays.
 
         Raises:
-          errors.NotFoundError, errors.IncompleteError, errors.FormatError: as `restore`.
+          errors.NotFoundError, errors.IncompleteError, errors.FormatError, errors.CorruptCheckpointError: as `restore`.
         """
         self._check_open()
         registry = discovery.ready(self._registry)
-        location = choosing.resolved(registry, registry.location(directory))
-        step = choosing.step_metadata(location)
-        handler = self._handler or choosing.stored_handler(registry, location, self._registry)
-        try:
-            return attrs.evolve(step, item_metadata=handler.metadata(epath.Path(location.url)))
-        finally:
-            if handler is not self._handler:
-                handler.close()
+        for attempt in choosing.attempts(registry, directory):
+            with attempt as location:
+                listed = read_file_list(location)
+                if listed is not None:
+                    listed.check(location, choosing.is_description)
+                step = attrs.evolve(choosing.step_metadata(location), has_checksums=listed is not None)
+                handler = self._handler or choosing.stored_handler(registry, location, self._registry)
+                try:
+                    step = attrs.evolve(step, item_metadata=handler.metadata(location.path))
+                finally:
+                    if handler is not self._handler:
+                        handler.close()
+        return step
 
     def close(self) -> None:
         """Releases the handler; further calls raise `errors.ClosedError`."""
@@ -177,6 +180,7 @@ class Checkpointer:
         self.close()
 
     def _check_open(self) -> None:
+        _lifetime.enter()
         if self._closed:
             raise errors.ClosedError(f"this {type(self).__name__} is closed; make another one.")
 
@@ -190,58 +194,45 @@ class Checkpointer:
         custom_metadata: Mapping[str, Any] | None,
     ) -> Saving:
         """Runs the part of a save that the caller waits for in any case."""
-        options = self._multiprocessing_options
-        meet = meeting.convene(job_of(options), options.barrier_sync_key_prefix, options.timeout_secs)
-        try:
+        options = self._processes
+        with meeting.convened(job_of(options), options.barrier_sync_key_prefix, options.timeout_secs) as meet:
             self._get_ready()
-            return self._start_together(meet, directory, args, kwargs, force=force, custom_metadata=custom_metadata)
-        except BaseException as error:
-            meet.fail(error)
-            meet.end()
-            raise
+            self._check_open()
+            start = time.monotonic()
+            custom = checked_custom({} if custom_metadata is None else custom_metadata, "custom_metadata")
+            registry = discovery.ready(self._registry)
+            handler, save_args = self._save_handler(registry, args, kwargs)
+            step = StepMetadata(
+                item_handlers=handler.item_typestrs(save_args), init_timestamp_nsecs=time.time_ns(), custom_metadata=custom
+            )
+            location = registry.location(directory)
+            facts = {"handlers": step.item_handlers}
+            begin = Beginning(meet, registry, location, force=force, mode=self._file_options.path_permission_mode, facts=facts)
+            ending: Beginning | Saving = begin  # whoever ends the save if this call does not
+            deferred = (
+                self._deferring
+                and not meet.job.others  # which make it together
+                and location.local_path is not None
+                and isinstance(handler, DeferredPathAsyncCheckpointHandler)
+            )
+            try:
+                tracker = reports.Tracker("save", location.url, self._notifier.progress)
+                saving = Saving(begin, meet, handler, step, tracker, self._notifier, start, owned=handler is not self._handler)
+                ending = saving
+                with reports.tracking(tracker), meeting.attending(meet):
+                    temporary: Any = begin.later() if deferred else begin().temporary.path
+                    if isinstance(handler, AsyncCheckpointHandler):
+                        saving.writing = checked_futures(handler, run_coroutine(handler.async_save(temporary, args=save_args)))
+                    else:
+                        meeting.on_primary(lambda: handler.save(temporary, args=save_args))
+            except BaseException as error:
+                ending.abandon(error)
+                raise
+            saving.blocking_secs = time.monotonic() - start
+            return saving
 
     def _get_ready(self) -> None:
         """What must have ended before the next save begins."""
-
-    def _start_together(
-        self,
-        meet: Meeting,
-        directory: Path,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        *,
-        force: bool,
-        custom_metadata: Mapping[str, Any] | None,
-    ) -> Saving:
-        self._check_open()
-        start = time.monotonic()
-        custom = checked_custom({} if custom_metadata is None else custom_metadata, "custom_metadata")
-        registry = discovery.ready(self._registry)
-        handler, save_args = self._save_handler(registry, args, kwargs)
-        step = StepMetadata(
-            item_handlers=handler.item_typestrs(save_args), init_timestamp_nsecs=time.time_ns(), custom_metadata=custom
-        )
-        location = registry.location(directory)
-        if not isinstance(location, FileLocation):
-            raise errors.ArgsError(
-                f"{location.url}: this version commits checkpoints in local directories; save to one of those."
-            )
-        facts = {"handlers": step.item_handlers}
-        pending = joint.begin(meet, location, force=force, mode=self._file_options.path_permission_mode, facts=facts)
-        tracker = reports.Tracker("save", location.url, self._notifier.progress)
-        saving = Saving(pending, meet, handler, step, tracker, self._notifier, start, owned=handler is not self._handler)
-        try:
-            with reports.tracking(tracker), meeting.attending(meet):
-                temporary = epath.Path(pending.temporary.url)
-                if isinstance(handler, AsyncCheckpointHandler):
-                    saving.writing = checked_futures(handler, run_coroutine(handler.async_save(temporary, args=save_args)))
-                else:
-                    meeting.on_primary(lambda: handler.save(temporary, args=save_args))
-        except BaseException as error:
-            saving.abandon(error)
-            raise
-        saving.blocking_secs = time.monotonic() - start
-        return saving
 
     def _save_handler(self, registry: Registry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[CheckpointHandler, Any]:
         handler = self._handler

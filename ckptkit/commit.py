@@ -5,6 +5,9 @@ so that a killed writer's lock is gone with it. Committing syncs every file and 
 With `force`, old and new are exchanged in one step where the system can (Linux: renameat2, macOS: renamex_np), else the
 old one is set aside under `<name>.ckptkit-old.orbax-checkpoint-tmp` between two renames, where `resolve` still finds it.
 Only then is the old one deleted.
+
+That is how it is in directories of this machine; in other places a file written last decides, see `_marker`. Both make
+directories that Orbax opens, except that the second save to the same place in an object store lies in a folder of it.
 """
 
 from __future__ import annotations
@@ -14,36 +17,66 @@ import ctypes
 import errno
 import os
 import shutil
+import stat
 import sys
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
 from typing import Any, Final
 
-from ckptkit import errors
+from ckptkit import _marker, errors
 from ckptkit._threads import Workers
-from ckptkit.location import FileLocation, Location, mapped_os_errors
+from ckptkit.file_list import FILE_LIST
+from ckptkit.location import FileLocation, Location, MarkerLocation, mapped_os_errors
+from ckptkit.metadata.step import STEP_FILE
+from ckptkit.reports import CleanReport
 
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["TEMPORARY_SUFFIX", "Pending", "begin", "identity", "resolve", "sync_directory"]
+__all__ = [
+    "TEMPORARY_SUFFIX",
+    "AnyPending",
+    "Attempt",
+    "Pending",
+    "attempts",
+    "begin",
+    "check_free",
+    "clean",
+    "identity",
+    "resolve",
+    "sync_directory",
+]
 
 TEMPORARY_SUFFIX = ".orbax-checkpoint-tmp"
 _ASIDE_SUFFIX = f".ckptkit-old{TEMPORARY_SUFFIX}"
 _SYNC_THREADS: Final = 8
 
+_held: weakref.WeakSet[_Lock] = weakref.WeakSet()
+"""The open locks of this process."""
 
-def resolve(location: FileLocation) -> FileLocation:
-    """Where the checkpoint at `location` is to be read: there, or where an interrupted overwrite set it aside.
+
+def resolve(location: Location) -> Location:
+    """Where the checkpoint at `location` is to be read: there, or where an overwrite has put it.
 
     Raises:
       errors.NotFoundError: there is none.
       errors.IncompleteError: a save that never finished is there.
     """
-    path = location.local_path
+    if isinstance(location, MarkerLocation):
+        return _marker.resolve(location)
+    if location.local_path is None:
+        return location
+    found = _resolve(location.local_path)
+    committed = _marker.identity(found)  # one that was copied here from a place without renames may lie in a folder of its own
+    return found if committed is None else _marker.data_location(found, committed)
+
+
+def _resolve(path: str) -> FileLocation:
     if os.path.basename(path).endswith(TEMPORARY_SUFFIX):
         raise errors.IncompleteError(f"Found incomplete checkpoint at {path}: this is the temporary directory of a save.")
     if os.path.isdir(path):
-        return location
+        return FileLocation(path)
     if os.path.isdir(path + _ASIDE_SUFFIX):
         return FileLocation(path + _ASIDE_SUFFIX)
     if os.path.exists(path):
@@ -51,13 +84,54 @@ def resolve(location: FileLocation) -> FileLocation:
     raise errors.NotFoundError(errno.ENOENT, f"no checkpoint here; {_neighbours(path)}", path)
 
 
-def identity(location: Location) -> tuple[int, int] | None:
-    """What tells one checkpoint from another that took its place; None where there is none, or nothing to tell."""
+def attempts(find: Callable[[], Location]) -> Iterator[Attempt]:
+    """Attempts at reading a checkpoint where `find` says that it is, until one is not disturbed; each is a context manager.
+
+    Files are opened by path: where another checkpoint took this one's place meanwhile, an error is passed over, and there is
+    a further attempt, at the new one.
+
+    Raises:
+      what `find` raises.
+    """
+    disturbed = True
+    while disturbed:
+        attempt = Attempt(find())
+        yield attempt
+        disturbed = attempt.disturbed
+
+
+class Attempt:
+    """Reads where a checkpoint is to be read, which the `with` statement gives; `disturbed` tells whether that held."""
+
+    def __init__(self, location: Location) -> None:
+        self._location = location
+        self._identity = identity(location)
+        self.disturbed = False
+
+    def __enter__(self) -> Location:
+        return self._location
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+        if error is not None and not isinstance(error, errors.CheckpointError):
+            return False
+        self.disturbed = identity(self._location) != self._identity
+        return self.disturbed
+
+
+def identity(location: Location) -> object:
+    """What tells one checkpoint from another that took its place; None where there is nothing to tell.
+
+    An inode's number alone does not: ext4 gives that of a deleted directory to the next one, so that after two overwrites it is
+    the same again.
+    """
+    if isinstance(location, MarkerLocation):
+        committed = _marker.identity(location)
+        return object() if committed is None else committed  # what is gone is equal to nothing
     try:
         status = os.stat(location.local_path or "")
     except OSError:
         return None
-    return status.st_dev, status.st_ino
+    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _neighbours(path: str) -> str:
@@ -71,8 +145,21 @@ def _neighbours(path: str) -> str:
     return f"{parent} holds {', '.join(names[:20]) or 'nothing'}{' ...' if len(names) > 20 else ''}"
 
 
-def begin(location: FileLocation, *, force: bool, mode: int | None) -> Pending:
-    """A locked, empty temporary directory for a save to `location`; what a killed save left there is removed.
+def check_free(path: str, *, force: bool) -> None:
+    """Refuses a destination that is taken, or of a name that no checkpoint can have; makes nothing.
+
+    Raises:
+      errors.ExistsError: the destination exists, and `force` is False.
+      errors.ArgsError: the name is one for unfinished saves.
+    """
+    if path.endswith(TEMPORARY_SUFFIX):
+        raise errors.ArgsError(f"{path}: names that end in {TEMPORARY_SUFFIX} are for unfinished saves; choose another.")
+    if not force and (os.path.lexists(path) or os.path.isdir(path + _ASIDE_SUFFIX)):
+        raise _exists(path)
+
+
+def begin(location: Location, *, force: bool, mode: int | None) -> AnyPending:
+    """An empty place for a save to `location` to write to. In a directory of this machine it is locked.
 
     Args:
       location: where the checkpoint will be.
@@ -82,31 +169,38 @@ def begin(location: FileLocation, *, force: bool, mode: int | None) -> Pending:
     Raises:
       errors.ExistsError: the destination exists, and `force` is False.
       errors.BusyError: another writer is saving to it.
-      errors.StorageError: the directory cannot be made.
+      errors.StorageError: the directory cannot be made, or the store refuses.
+      errors.ArgsError: the name is reserved, or the place is of a kind that can only be read.
     """
+    if isinstance(location, MarkerLocation):
+        return _marker.begin(location, force=force)
     path = location.local_path
-    if path.endswith(TEMPORARY_SUFFIX):
-        raise errors.ArgsError(f"{path}: names that end in {TEMPORARY_SUFFIX} are for unfinished saves; choose another.")
+    if path is None:
+        raise errors.ArgsError(f"{location.url}: a checkpoint is saved to a local directory or to a MarkerLocation, not here.")
+    return _begin(path, force=force, mode=mode)
+
+
+def _begin(path: str, *, force: bool, mode: int | None) -> Pending:
+    """A locked, empty temporary directory; what a killed save left there is removed."""
+    check_free(path, force=force)
     with mapped_os_errors(path, "prepare the save"):
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        if not force and (os.path.lexists(path) or os.path.isdir(path + _ASIDE_SUFFIX)):
-            raise _exists(path)
         lock = _locked_directory(path + TEMPORARY_SUFFIX, path)
         try:
             _empty(path + TEMPORARY_SUFFIX)
             _recover(path)
             if mode is not None:
-                os.chmod(path + TEMPORARY_SUFFIX, mode)
+                os.chmod(path + TEMPORARY_SUFFIX, mode | stat.S_IRWXU)  # `commit` sets it as it was asked for
+            return Pending(path, lock, force=force, mode=mode)
         except BaseException:
-            os.close(lock)
+            _remove_locked(path + TEMPORARY_SUFFIX, lock)
             raise
-    return Pending(path, lock, force=force, mode=mode)
 
 
 class Pending:
     """A save under way; exactly one of `commit` and `abandon` ends it."""
 
-    def __init__(self, path: str, lock: int, *, force: bool, mode: int | None) -> None:
+    def __init__(self, path: str, lock: _Lock, *, force: bool, mode: int | None) -> None:
         self.path = path
         self.temporary = FileLocation(path + TEMPORARY_SUFFIX)
         self._lock = lock
@@ -129,7 +223,7 @@ class Pending:
                 raise _exists(self.path)
             else:
                 self._replace()
-        os.close(self._lock)
+        self._lock.close()
 
     def _replace(self) -> None:
         """Puts the new checkpoint in the old one's place, and deletes the old one."""
@@ -148,17 +242,70 @@ class Pending:
                 with contextlib.suppress(OSError):  # the old one must not go with the temporary directory
                     _put_back(leftover, self.path, exchanged=exchanged)
                 raise
-            with contextlib.suppress(OSError):  # the new one is durable; the next save to this name tidies what stays
-                _remove(leftover)
+            _discard(leftover)  # the new one is durable; the next save to this name tidies what stays
         finally:
             if old is not None:
-                os.close(old)
+                old.close()
 
     def abandon(self) -> None:
         """Removes what was written; never raises, since it runs where something else went wrong."""
-        shutil.rmtree(self.temporary.local_path, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            os.close(self._lock)
+        _remove_locked(self.temporary.local_path, self._lock)
+
+
+AnyPending = Pending | _marker.Pending
+
+
+def clean(root: str | os.PathLike[str], *, dry_run: bool = False) -> CleanReport:
+    """Tidies what killed saves left in the directory `root`, of whatever name; a later save tidies only what has its own.
+
+    A temporary directory that a live writer has locked is left alone, and so is one of another program's, or on a file system
+    without locks. A checkpoint that an interrupted overwrite set aside gets its name back where that is free.
+
+    Args:
+      root: the directory that holds checkpoints.
+      dry_run: only tell what would be done.
+
+    Raises:
+      errors.NotFoundError: there is no such directory.
+      errors.StorageError: something cannot be removed.
+    """
+    report = CleanReport(removed=[], restored=[], kept={})
+    path = os.path.abspath(os.fspath(root))
+    with mapped_os_errors(path, "tidy"):
+        for name in sorted(os.listdir(path)):
+            leftover = os.path.join(path, name)
+            if name.endswith(TEMPORARY_SUFFIX) and os.path.isdir(leftover) and not os.path.islink(leftover):
+                _clean(leftover, report, dry_run=dry_run)
+    return report
+
+
+def _clean(leftover: str, report: CleanReport, *, dry_run: bool) -> None:
+    """Does to one temporary directory what `clean` does, and reports it."""
+    target = leftover.removesuffix(_ASIDE_SUFFIX)
+    lock = _try_lock(leftover, required=True)
+    try:
+        if lock is None or not lock.is_at(leftover):  # it may have been committed or removed since it was listed
+            report.kept[leftover] = "a writer holds it, or the file system has no locks to tell"
+        elif target == leftover and _is_foreign(leftover):
+            report.kept[leftover] = "another program wrote it"
+        elif target == leftover or os.path.lexists(target):
+            report.removed.append(leftover)
+            if not dry_run:
+                _remove(leftover)
+        else:
+            report.restored.append(target)
+            if not dry_run:
+                os.rename(leftover, target)
+                _sync(os.path.dirname(target))
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def _is_foreign(temporary: str) -> bool:
+    """Whether another program, Orbax that is, made a temporary directory: it begins with the file that `Saving` ends with."""
+    names = set(os.listdir(temporary))
+    return STEP_FILE in names and FILE_LIST not in names
 
 
 def _put_back(old: str, path: str, *, exchanged: bool) -> None:
@@ -175,43 +322,81 @@ def _exists(path: str) -> errors.ExistsError:
     return errors.ExistsError(f"Destination {path} already exists. Pass force=True to replace it, or save to another path.")
 
 
-def _locked_directory(temporary: str, path: str) -> int:
-    """A descriptor of the temporary directory that holds its lock; the directory is made where it is missing."""
+class _Lock:
+    """The exclusive lock of a directory; it lasts until the descriptor is closed, also where its process is killed.
+
+    Windows has no locks on directories, and some network file systems have none: there a second writer is not noticed.
+    """
+
+    _descriptor: int | None = None
+
+    def __init__(self, path: str) -> None:
+        self._descriptor = os.open(os.devnull if sys.platform == "win32" else path, os.O_RDONLY)
+        _held.add(self)
+
+    def take(self, *, required: bool = False) -> bool:
+        """Whether it is free, and taken now. Where there are no locks it counts as taken, unless one is `required`."""
+        if sys.platform == "win32" or self._descriptor is None:
+            return not required
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+                raise
+            return error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP) and not required
+        return True
+
+    def is_at(self, path: str) -> bool:
+        """Whether the directory at `path` is the one that is locked; others may have renamed it, or put another in its place."""
+        if sys.platform == "win32":
+            return True
+        try:
+            return self._descriptor is not None and os.path.samestat(os.fstat(self._descriptor), os.stat(path))
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """Gives the lock back; no harm where that was done before."""
+        _held.discard(self)
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def __del__(self) -> None:  # where Ctrl-C came before anybody owned it
+        self.close()
+
+
+def _locked_directory(temporary: str, path: str) -> _Lock:
+    """The lock of the temporary directory, which is made where it is missing."""
     for _ in range(10):
         with contextlib.suppress(FileExistsError):
             os.mkdir(temporary)
         lock = _try_lock(temporary)
         if lock is None:
             raise errors.BusyError(f"{path}: another save to this path is under way ({temporary} is locked); wait for it.")
-        # Between mkdir and lock its former holder may have renamed the directory away: then this locks a committed one.
-        with contextlib.suppress(FileNotFoundError):
-            if sys.platform == "win32" or os.path.samestat(os.fstat(lock), os.stat(temporary)):
-                return lock
-        os.close(lock)
+        if lock.is_at(temporary):  # else its former holder has renamed the directory away since: this locks a committed one
+            return lock
+        lock.close()
     raise errors.BusyError(f"{path}: other saves to this path keep coming; let one writer at a time save to it.")
 
 
-def _try_lock(path: str) -> int | None:
-    """A descriptor that holds the exclusive lock of a directory; None where another holds it.
-
-    Windows has no locks on directories: there a second writer is not noticed.
-    """
-    if sys.platform == "win32":
-        return os.open(os.devnull, os.O_RDONLY)
+def _try_lock(path: str, *, required: bool = False) -> _Lock | None:
+    """The lock of a directory, or of nothing where the directory is gone; None where another holds it; see `_Lock.take`."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        lock = _Lock(path)
     except FileNotFoundError:
-        return os.open(os.devnull, os.O_RDONLY)  # gone meanwhile; the caller notices that this is another file
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
-            return descriptor  # some network file systems have no locks: there a second writer is not noticed
-        os.close(descriptor)
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            return None
-        raise
-    return descriptor
+        return _Lock(os.devnull)
+    return lock if lock.take(required=required) else None
+
+
+def _close_copies() -> None:
+    """In a forked process: a lock lasts until the last copy of its descriptor is closed."""
+    for lock in list(_held):
+        lock.close()
+
+
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_close_copies)
 
 
 def _recover(path: str) -> None:
@@ -234,8 +419,35 @@ def _empty(directory: str) -> None:
 def _remove(path: str) -> None:
     if os.path.islink(path) or not os.path.isdir(path):
         os.unlink(path)
-    else:
+        return
+    try:
         shutil.rmtree(path)
+    except PermissionError:  # directories without write permission: `path_permission_mode` may have asked for that
+        os.chmod(path, stat.S_IRWXU)
+        for directory, names, _ in os.walk(path):
+            for name in names:
+                if not os.path.islink(inside := os.path.join(directory, name)):
+                    os.chmod(inside, stat.S_IRWXU)
+        shutil.rmtree(path)
+
+
+def _discard(directory: str) -> None:
+    """Removes a directory as far as the system lets it."""
+    with contextlib.suppress(OSError):
+        _remove(directory)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _remove_locked(temporary: str, lock: _Lock) -> None:
+    """Removes a temporary directory, and gives its lock back.
+
+    Another directory is there after an exchange that could not be undone: the old checkpoint, which stays.
+    """
+    try:
+        if lock.is_at(temporary):
+            _discard(temporary)
+    finally:
+        lock.close()
 
 
 def sync_directory(path: str) -> None:

@@ -20,6 +20,7 @@
     ├── TimeoutError             (builtins.TimeoutError)         a wait that has an end came to it
     ├── ProcessError             (RuntimeError)       another process failed, or does not do the same
     ├── ClosedError              (RuntimeError)       use after `close()`
+    ├── ForkedError              (RuntimeError)       use in a process forked from one that had used ckptkit
     └── AsyncSaveError           (RuntimeError)       a background save failed with something that is not ours
 
 A message says what was found, what was expected, the key path or the file, and what to do.
@@ -28,7 +29,7 @@ A message says what was found, what was expected, the key path or the file, and 
 from __future__ import annotations
 
 import builtins
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 __all__ = [
     "ArgsError",
@@ -40,6 +41,7 @@ __all__ = [
     "ConflictError",
     "CorruptCheckpointError",
     "ExistsError",
+    "ForkedError",
     "FormatError",
     "IncompleteError",
     "NotFoundError",
@@ -52,6 +54,7 @@ __all__ = [
     "TopologyError",
     "TreeError",
     "UnknownItemError",
+    "first_of",
     "listing",
 ]
 
@@ -115,7 +118,15 @@ class FormatError(CheckpointError, ValueError):
 
 
 class CorruptCheckpointError(CheckpointError, ValueError):
-    """Stored bytes differ from what was written."""
+    """Stored bytes differ from what was written.
+
+    Attributes:
+      corrupt: key paths of the leaves that are not whole, where leaves were being restored.
+      whole: key paths of those that are.
+    """
+
+    corrupt: Sequence[tuple[str, ...]] = ()
+    whole: Sequence[tuple[str, ...]] = ()
 
 
 class StorageError(CheckpointError, OSError):
@@ -144,8 +155,17 @@ class ClosedError(CheckpointError, RuntimeError):
     """The object was closed before this call."""
 
 
+class ForkedError(CheckpointError, RuntimeError):
+    """This process was forked from one whose threads and locks it does not have."""
+
+
 class AsyncSaveError(CheckpointError, RuntimeError):
     """A save in the background failed with an exception that is not a `CheckpointError`; that one is the cause."""
+
+
+def first_of(names: Sequence[object]) -> str:
+    """The first of some names in parentheses, with a space in front; '' for none."""
+    return f" ({', '.join(map(str, names[:3]))}{', ...' if len(names) > 3 else ''})" if names else ""
 
 
 def listing(lines: Iterable[str], limit: int = 50) -> str:

@@ -8,8 +8,9 @@ import time
 from typing import Any, Final
 
 from ckptkit import commit, errors
-from ckptkit.location import FileLocation
+from ckptkit.location import Location
 from ckptkit.meeting import Meeting
+from ckptkit.registry import Registry
 
 __all__ = ["Following", "begin"]
 
@@ -19,12 +20,13 @@ _LOOK_SECS: Final = 10.0
 
 
 def begin(
-    meeting: Meeting, location: FileLocation, *, force: bool, mode: int | None, facts: dict[str, Any]
-) -> commit.Pending | Following:
+    meeting: Meeting, registry: Registry, location: Location, *, force: bool, mode: int | None, facts: dict[str, Any]
+) -> commit.AnyPending | Following:
     """As `commit.begin`, for all processes of the meeting.
 
     Args:
       meeting: of the save.
+      registry: makes a location of what the primary says.
       location: where the checkpoint will be.
       force: an existing checkpoint will be replaced.
       mode: permission bits of the checkpoint's directories.
@@ -37,7 +39,7 @@ def begin(
     """
     meeting.agree("begin", {"path": location.url, "force": force, **facts})
     if not meeting.job.is_primary:
-        return _follow(meeting, location)
+        return _follow(meeting, registry, location)
     meeting.tidy()
     pending = commit.begin(location, force=force, mode=mode)
     if meeting.job.others:
@@ -51,16 +53,16 @@ def begin(
     return pending
 
 
-def end(pending: commit.Pending | Following) -> None:
+def end(meeting: Meeting, temporary: Location) -> None:
     """Removes what `begin` left in the directory; for the primary, once everyone has written."""
-    if pending.temporary.exists(_MARK_FILE):
-        pending.temporary.delete(_MARK_FILE)
+    if meeting.job.others:
+        temporary.delete(_MARK_FILE)
 
 
 class Following:
     """A save that another process, the primary, commits or abandons."""
 
-    def __init__(self, path: str, temporary: FileLocation) -> None:
+    def __init__(self, path: str, temporary: Location) -> None:
         self.path = path
         self.temporary = temporary
 
@@ -71,9 +73,9 @@ class Following:
         """Nothing: the primary removes what was written."""
 
 
-def _follow(meeting: Meeting, location: FileLocation) -> Following:
+def _follow(meeting: Meeting, registry: Registry, location: Location) -> Following:
     word = json.loads(meeting.hear("begin"))
-    temporary = FileLocation(word["temporary"])
+    temporary = registry.location(word["temporary"])
     give_up = time.monotonic() + min(_LOOK_SECS, meeting.timeout_secs / 2)
     while True:
         temporary.names()  # to list a directory makes a network file system look again

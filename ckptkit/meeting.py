@@ -34,7 +34,7 @@ from ckptkit import errors
 from ckptkit._coordination import Store
 from ckptkit.processes import Job, coordination_client
 
-__all__ = ["Meeting", "attending", "convene", "current_meeting", "on_primary"]
+__all__ = ["Meeting", "attending", "convene", "convened", "current_meeting", "on_primary"]
 
 _FIRST_PAUSE_SECS: Final = 0.001
 _LAST_PAUSE_SECS: Final = 0.1
@@ -315,6 +315,18 @@ class _Line:
 
 _lines: dict[str, _Line] = {}
 _lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def convened(job: Job, key_prefix: str | None, timeout_secs: float) -> Iterator[Meeting]:
+    """As `convene`; where the body raises, the others are told."""
+    meeting = convene(job, key_prefix, timeout_secs)
+    try:
+        yield meeting
+    except BaseException as error:
+        meeting.fail(error)
+        meeting.end()
+        raise
 
 
 def convene(job: Job, key_prefix: str | None, timeout_secs: float) -> Meeting:

@@ -23,7 +23,7 @@ from ckptkit._tables import Claim, Owner, Table
 from ckptkit.args import CheckpointArgs
 from ckptkit.handlers.base import CheckpointHandler
 from ckptkit.leaves.base import TypeHandler
-from ckptkit.location import Location
+from ckptkit.location import Location, LocationPath
 from ckptkit.storage.base import StorageBackend
 
 __all__ = ["Owner", "Plugin", "PluginFailure", "Registry", "default_registry", "owned_by"]
@@ -422,6 +422,8 @@ class Registry:
         """
         if isinstance(path_or_url, Location):
             return path_or_url
+        if isinstance(path_or_url, LocationPath):
+            return path_or_url.location
         path = _checked_path(path_or_url)
         scheme, separator, rest = path.partition(":/")
         if separator and _SCHEME.fullmatch(scheme):

@@ -2,19 +2,97 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 import time
 from concurrent import futures
-from typing import Any
+from typing import Any, Final
 
 import attrs
 from etils import epath
 
-from ckptkit import commit, discovery, errors, joint, reports
+from ckptkit import _lifetime, commit, discovery, errors, joint, reports
+from ckptkit.file_list import write_file_list
 from ckptkit.handlers.base import CheckpointHandler
+from ckptkit.location import Location
 from ckptkit.meeting import Meeting
 from ckptkit.metadata.step import STEP_FILE, StepMetadata, encode_step
+from ckptkit.registry import Registry
 
-__all__ = ["Saving", "checked_futures"]
+__all__ = ["Beginning", "DeferredPath", "Saving", "checked_futures"]
+
+
+class Beginning:
+    """What a save writes into, begun when it is first needed, by whichever thread needs it."""
+
+    def __init__(
+        self, meeting: Meeting, registry: Registry, location: Location, *, force: bool, mode: int | None, facts: dict[str, Any]
+    ) -> None:
+        """As `joint.begin`, which is called when it is time."""
+        self.path = location.url
+        self._meeting = meeting
+        self._force = force
+        self._begin = functools.partial(joint.begin, meeting, registry, location, force=force, mode=mode, facts=facts)
+        self._lock = threading.Lock()
+        self._pending: commit.AnyPending | joint.Following | None = None
+
+    def __call__(self) -> commit.AnyPending | joint.Following:
+        """The save under way; the errors are those of `joint.begin`."""
+        with self._lock:
+            if self._pending is None:
+                self._pending = self._begin()
+            return self._pending
+
+    def later(self) -> DeferredPath:
+        """The temporary directory of a save to a local one, not made yet; the errors are those of `commit.check_free`."""
+        commit.check_free(self.path, force=self._force)
+        return DeferredPath(epath.Path(self.path + commit.TEMPORARY_SUFFIX), self)
+
+    def abandon(self, error: BaseException) -> None:
+        """Removes what was written, if anything was begun, once no other process writes any more."""
+        self._meeting.fail(error)
+        if self._pending is not None:
+            self._meeting.await_ends(error)
+            self._pending.abandon()
+
+
+class DeferredPath:
+    """A `PathAwaitingCreation` in the temporary directory of a save.
+
+    A handler that knows only of paths can use it as one: that makes the directory.
+    """
+
+    def __init__(self, path: epath.Path, begin: Beginning) -> None:
+        self._path = path
+        self._begin = begin
+
+    @property
+    def path(self) -> epath.Path:
+        return self._path
+
+    def __truediv__(self, name: str) -> DeferredPath:
+        return DeferredPath(self._path / name, self._begin)
+
+    async def await_creation(self) -> epath.Path:
+        self._begin()
+        return self._path
+
+    def __fspath__(self) -> str:
+        self._begin()
+        return str(self._path)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        self._begin()
+        return getattr(self._path, name)
+
+
+_STOP_SECS: Final = 60.0
+"""How long writers may take to stop once they are told to."""
+
+_stuck: list[Beginning] = []
+"""Kept, since a lock lasts as long as somebody refers to it."""
 
 
 def checked_futures(handler: CheckpointHandler, returned: Any) -> list[futures.Future[Any]]:
@@ -36,7 +114,7 @@ class Saving:
 
     def __init__(
         self,
-        pending: commit.Pending | joint.Following,
+        begin: Beginning,
         meeting: Meeting,
         handler: CheckpointHandler,
         step: StepMetadata,
@@ -48,8 +126,8 @@ class Saving:
     ) -> None:
         self.writing: list[futures.Future[Any]] = []
         self.blocking_secs = 0.0
-        self.path = pending.path
-        self._pending = pending
+        self.path = begin.path
+        self._begin = begin
         self._meeting = meeting
         self._handler = handler
         self._step = step
@@ -57,6 +135,12 @@ class Saving:
         self._notifier = notifier
         self._start = start
         self._owned = owned
+        self._taken = threading.Lock()
+        self._under_way = _lifetime.saving(begin.path)
+
+    def take(self) -> bool:
+        """Whether the caller is the one to end this save, with `finish` or `abandon`: the first to ask is."""
+        return self._taken.acquire(blocking=False)
 
     def finish(self) -> None:
         """Waits for the writers of every process, and commits; on any failure nothing is left behind."""
@@ -79,12 +163,16 @@ class Saving:
             self._report()
 
     def _commit(self) -> None:
-        temporary = self._pending.temporary
-        joint.end(self._pending)
-        self._handler.finalize(epath.Path(temporary.url))
+        pending = self._begin()  # where the handler wrote nothing, there is still a checkpoint
+        temporary = pending.temporary
+        joint.end(self._meeting, temporary)
+        self._handler.finalize(temporary.path)
         step = attrs.evolve(self._step, commit_timestamp_nsecs=time.time_ns())
-        temporary.write_bytes(STEP_FILE, encode_step(step))
-        self._pending.commit()
+        described = encode_step(step)
+        # The list before `_CHECKPOINT_METADATA`, which Orbax writes first: `commit.clean` tells the two's leftovers apart.
+        write_file_list(temporary, self._tracker.covered, {STEP_FILE: described})
+        temporary.write_bytes(STEP_FILE, described)
+        pending.commit()
 
     def _report(self) -> None:
         self._notifier.save_committed(
@@ -98,19 +186,24 @@ class Saving:
         )
 
     def abandon(self, error: BaseException) -> None:
-        """Stops the writers, also those of other processes, waits until nobody writes any more, and removes what was written."""
+        """Stops the writers, also those of other processes, waits until nobody writes any more, and removes what was written.
+
+        Where a writer does not stop, the directory stays, and locked: nobody else may write there while it might.
+        """
         self._meeting.fail(error)
         for future in self.writing:
             future.cancel()
         try:
-            futures.wait(self.writing)
-            self._meeting.await_ends(error)
+            if futures.wait(self.writing, _STOP_SECS).not_done:
+                _stuck.append(self._begin)
+            else:
+                self._begin.abandon(error)
         finally:
-            self._pending.abandon()
             self._close()
             self._tracker.finish()
 
     def _close(self) -> None:
         self._meeting.end()
+        self._under_way.end()
         if self._owned:
             self._handler.close()

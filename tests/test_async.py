@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 import textwrap
@@ -15,9 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 import ckptkit
-from ckptkit import args, errors
+from ckptkit import args, errors, saving
+from ckptkit.handlers import PathAwaitingCreation
 from ckptkit.testing import assert_same
 
 SIZE = 1 << 22
@@ -119,11 +122,87 @@ def test_saves_work_inside_a_running_event_loop(tmp_path: Path) -> None:
 
 
 def test_two_writers_on_one_path_one_wins_and_the_other_is_told(tmp_path: Path) -> None:
-    with ckptkit.StandardCheckpointer() as first, ckptkit.StandardCheckpointer() as second:
-        first.save(tmp_path / "c", {"a": np.ones(1 << 24)})
-        with pytest.raises((errors.BusyError, errors.ExistsError)):
-            second.save(tmp_path / "c", {"a": np.zeros(2)})
-    np.testing.assert_array_equal(ckptkit.restore(tmp_path / "c")["a"], np.ones(1 << 24))
+    told = []
+    for checkpointer, value in ((ckptkit.StandardCheckpointer(), 1.0), (ckptkit.StandardCheckpointer(), 2.0)):
+        checkpointer.save(tmp_path / "c", {"a": np.full(1 << 24, value)})
+        told.append((checkpointer, value))
+    winners = []
+    for checkpointer, value in told:
+        try:
+            checkpointer.close()
+        except (errors.BusyError, errors.ExistsError):
+            continue
+        winners.append(value)
+    np.testing.assert_array_equal(ckptkit.restore(tmp_path / "c")["a"], np.full(1 << 24, *winners))
+
+
+class _Awaited:
+    """A directory that is made when the test says so."""
+
+    def __init__(self, path: epath.Path, now: threading.Event) -> None:
+        self.path = path
+        self._now = now
+
+    def __truediv__(self, name: str) -> _Awaited:
+        return _Awaited(self.path / name, self._now)
+
+    async def await_creation(self) -> epath.Path:
+        assert self._now.wait(60)
+        self.path.mkdir()
+        return self.path
+
+
+@pytest.mark.parametrize("kind", ["Standard", "PyTree"])
+def test_a_handler_does_not_wait_for_a_directory_that_is_still_being_created(tmp_path: Path, kind: str) -> None:
+    handler = getattr(ckptkit, f"{kind}CheckpointHandler")()
+    directory, now, value = epath.Path(tmp_path / "c"), threading.Event(), np.ones(3)
+    writing = asyncio.run(handler.async_save(_Awaited(directory, now), args=getattr(args, f"{kind}Save")({"a": value})))
+    value[:] = 2  # the caller has been let go, though nothing is there yet
+    assert not directory.exists()
+    now.set()
+    for future in writing:
+        future.result(60)
+    assert_same(handler.restore(directory, args=getattr(args, f"{kind}Restore")()), {"a": np.ones(3)})
+
+
+def _is_there(directory: Any) -> bool:
+    return os.path.exists(str(directory.path if isinstance(directory, PathAwaitingCreation) else directory))
+
+
+class _Looking(ckptkit.StandardCheckpointHandler):
+    """Notes what it is given to save into, and uses it as a path where it is told to."""
+
+    def __init__(self, *, use: bool = False) -> None:
+        super().__init__()
+        self.use = use
+        self.found: list[bool] = []
+
+    async def async_save(self, directory: Any, item: Any = None, save_args: Any = None, args: Any = None) -> Any:
+        if self.use:
+            (directory / "note").write_text("x")
+        self.found.append(_is_there(directory))
+        return await super().async_save(directory, args=args)
+
+
+@pytest.mark.parametrize(("asynchronously", "use", "there"), [(True, False, False), (True, True, True), (False, False, True)])
+def test_the_directory_is_made_in_the_background_unless_it_is_used_or_told_otherwise(
+    tmp_path: Path, asynchronously: bool, use: bool, there: bool
+) -> None:
+    handler = _Looking(use=use)
+    options = ckptkit.AsyncOptions(create_directories_asynchronously=asynchronously)
+    with ckptkit.AsyncCheckpointer(handler, async_options=options) as checkpointer:
+        checkpointer.save(tmp_path / "c", args=args.StandardSave({"a": 1}))
+        assert checkpointer.restore(tmp_path / "c", args=args.StandardRestore()) == {"a": 1}
+    assert handler.found == [there]
+    assert (tmp_path / "c" / "note").exists() is use
+
+
+def test_a_directory_that_cannot_be_made_is_told_by_the_background(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    checkpointer = ckptkit.StandardCheckpointer()
+    checkpointer.save(tmp_path / "file" / "c", {"a": 1})
+    with pytest.raises(OSError, match="prepare the save"):
+        checkpointer.close()
 
 
 def _run(code: str, *argv: object) -> subprocess.CompletedProcess[str]:
@@ -288,22 +367,134 @@ def test_saves_from_several_threads_take_turns_and_every_error_is_told(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_thread_that_cannot_start_fails_the_save_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpointer = ckptkit.StandardCheckpointer()
+@pytest.mark.parametrize("refused", [["ckptkit-commit"], ["ckptkit-write", "ckptkit-commit"]])
+def test_where_no_thread_starts_the_caller_does_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: list[str]
+) -> None:
+    checkpointer = ckptkit.StandardCheckpointer(save_concurrent_gb=0.001)
     start = threading.Thread.start
 
     def refuse(thread: threading.Thread) -> None:
-        if thread.name == "ckptkit-commit":
+        if thread.name in refused:
             raise RuntimeError("can't start new thread")
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    with pytest.raises(RuntimeError, match="can't start"):
-        checkpointer.save(tmp_path / "c", {"a": np.ones(3)})
-    monkeypatch.undo()
-    assert not list(tmp_path.iterdir())
+    checkpointer.save(tmp_path / "c", {"a": np.ones(1 << 20), "b": np.ones(1 << 20)})
+    assert not checkpointer.is_saving_in_progress()
+    assert ckptkit.restore(tmp_path / "c")["b"].sum() == 1 << 20
+
+
+@pytest.mark.parametrize("use", ["wait_until_finished", "close", "save", "restore"])
+def test_a_callback_that_would_wait_for_its_own_save_is_told(tmp_path: Path, use: str) -> None:
+    arguments = {"save": (tmp_path / "d", {"a": 1}), "restore": (tmp_path / "c",)}.get(use, ())
+    options = ckptkit.options.AsyncOptions(post_finalization_callback=lambda: getattr(checkpointer, use)(*arguments))
+    checkpointer = ckptkit.StandardCheckpointer(async_options=options)
     checkpointer.save(tmp_path / "c", {"a": np.ones(3)})
-    checkpointer.close()
+    with pytest.raises(errors.BusyError, match="callback"):
+        checkpointer.join(30)
+    assert ckptkit.restore(tmp_path / "c")["a"].sum() == 3
+
+
+def test_a_thread_that_waits_for_its_turn_to_save_is_told_when_its_time_is_over(
+    tmp_path: Path, registry: ckptkit.Registry
+) -> None:
+    begun, end = threading.Event(), threading.Event()
+
+    class Slow(ckptkit.AsyncCheckpointHandler):
+        async def async_save(self, directory: Any, args: Any) -> None:
+            begun.set()
+            end.wait(30)
+
+        def restore(self, directory: Any, args: Any) -> None:
+            return None
+
+    registry.add_args(_FailingSave, Slow, for_save=True)
+    checkpointer = ckptkit.AsyncCheckpointer(registry=registry, timeout_secs=0.05)
+    first = threading.Thread(target=checkpointer.save, args=(tmp_path / "c", _FailingSave()))
+    first.start()
+    begun.wait(30)
+    with pytest.raises(errors.TimeoutError):
+        checkpointer.save(tmp_path / "d", _FailingSave())
+    end.set()
+    first.join()
+    checkpointer.join(30)
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+@pytest.mark.parametrize("wrong", ["asyncio", "coroutine", "number"])
+def test_futures_of_another_kind_are_the_handlers_fault_and_leave_nothing(
+    tmp_path: Path, registry: ckptkit.Registry, wrong: str
+) -> None:
+    class Wrong(ckptkit.AsyncCheckpointHandler):
+        async def async_save(self, directory: Any, args: Any) -> Any:
+            (directory / "half").write_text("half")
+            return [{"asyncio": asyncio.get_running_loop().create_future(), "coroutine": asyncio.sleep, "number": 1}[wrong]]
+
+        def restore(self, directory: Any, args: Any) -> None:
+            return None
+
+    registry.add_args(_FailingSave, Wrong, for_save=True)
+    with pytest.raises(errors.PluginError, match=r"Wrong\.async_save returned"):
+        ckptkit.Checkpointer(registry=registry).save(tmp_path / "c", _FailingSave())
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_inside_a_running_event_loop_leaves_nothing_behind(tmp_path: Path) -> None:
+    done = _run(
+        """
+        import asyncio, os, signal, sys, threading, time, numpy as np, ckptkit
+
+        class Slow(ckptkit.AsyncCheckpointHandler):
+            async def async_save(self, directory, args):
+                (directory / "half").write_text("half")
+                threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+                time.sleep(0.3)
+            def restore(self, directory, args):
+                pass
+
+        class SlowSave(ckptkit.args.CheckpointArgs):
+            pass
+
+        async def notebook():
+            registry = ckptkit.Registry.with_builtins()
+            registry.add_args(SlowSave, Slow, for_save=True)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # as Jupyter has it; asyncio would cancel the task
+            try:
+                ckptkit.Checkpointer(registry=registry).save(sys.argv[1] + "/c", SlowSave())
+            except KeyboardInterrupt:
+                print("interrupted", os.listdir(sys.argv[1]))
+
+        asyncio.run(notebook())
+        """,
+        tmp_path,
+    )
+    assert (done.returncode, done.stdout) == (0, "interrupted []\n"), done.stderr
+
+
+def test_a_writer_that_does_not_stop_keeps_its_directory(
+    tmp_path: Path, registry: ckptkit.Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever is given the directory next would find its files among their own."""
+    stuck: Future[None] = Future()
+    stuck.set_running_or_notify_cancel()
+    failed: Future[None] = Future()
+    failed.set_exception(OSError(28, "No space left on device"))
+
+    class Stuck(ckptkit.AsyncCheckpointHandler):
+        async def async_save(self, directory: Any, args: Any) -> Any:
+            return [failed, stuck]
+
+        def restore(self, directory: Any, args: Any) -> None:
+            return None
+
+    registry.add_args(_FailingSave, Stuck, for_save=True)
+    monkeypatch.setattr(saving, "_STOP_SECS", 0.05)
+    with pytest.raises(OSError, match="No space"):
+        ckptkit.Checkpointer(registry=registry).save(tmp_path / "c", _FailingSave())
+    with pytest.raises(errors.BusyError):
+        ckptkit.save(tmp_path / "c", {"a": 1})
+    stuck.set_result(None)
 
 
 def test_a_reader_beside_a_writer_that_replaces_the_checkpoint_always_finds_one_whole(tmp_path: Path) -> None:

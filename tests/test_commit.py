@@ -75,6 +75,15 @@ def test_a_set_aside_checkpoint_counts_as_existing(tmp_path: Path) -> None:
         _begin(tmp_path / "c")
 
 
+def test_a_checkpoint_that_got_the_number_of_the_one_before_the_last_is_another(tmp_path: Path) -> None:
+    """A reader that began before two overwrites must notice them, whatever inode numbers the file system hands out."""
+    seen = set()
+    for n in range(6):
+        _begin(tmp_path / "c", force=n > 0).commit()
+        seen.add(commit.identity(FileLocation(tmp_path / "c")))
+    assert len(seen) == 6
+
+
 _WRITER = """
 import sys, time
 from ckptkit import commit

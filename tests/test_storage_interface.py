@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from trees import assert_same
 
 import ckptkit
 from ckptkit import errors
 from ckptkit.args import StandardRestore
 from ckptkit.storage import ArraySpec, PartialReader, StorageBackend, joined
+from ckptkit.testing import assert_same
 
 
 class NpzReader(PartialReader):

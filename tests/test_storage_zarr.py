@@ -418,13 +418,27 @@ def test_other_directories_are_not_recognised(tmp_path):
     assert not BACKEND.recognises(FileLocation(tmp_path / "file"))
 
 
-def test_a_place_that_is_no_directory_of_this_machine_is_refused(tmp_path):
-    class Remote(FileLocation):
-        local_path = None
+class PlaceWithoutPath(FileLocation):
+    """A directory that is reached through TensorStore alone."""
 
-    with pytest.raises(errors.ArgsError, match="no directory of this machine"):
-        BACKEND.reader(Remote(tmp_path))
-    assert not BACKEND.recognises(Remote(tmp_path))
+    local_path = None
+
+
+@pytest.mark.parametrize("use_zarr3", [True, False])
+def test_a_place_that_is_no_directory_of_this_machine_holds_the_same_files(tmp_path, use_zarr3):
+    arrays = {"a": array((5, 7)), "b/c": array((4, 4)), "empty": array((0, 3))}
+    for place in (PlaceWithoutPath, FileLocation):
+        write(place(tmp_path / place.__name__), arrays, (2, 4), use_zarr3=use_zarr3)
+    files = [sorted(f.relative_to(tmp_path / d) for f in (tmp_path / d).rglob("*")) for d in os.listdir(tmp_path)]
+    assert files[0] == files[1]
+    assert BACKEND.recognises(PlaceWithoutPath(tmp_path / "FileLocation"))
+    assert_same(read(PlaceWithoutPath(tmp_path / "FileLocation")), arrays)
+
+
+def test_a_file_that_is_cut_off_is_noticed_in_a_place_without_path(saved):
+    os.truncate(os.path.join(saved.local_path, "a", "0"), 100)
+    with pytest.raises(errors.CorruptCheckpointError, match="has 100 bytes, expected"):
+        read(PlaceWithoutPath(saved.local_path))
 
 
 @pytest.mark.parametrize("use_ocdbt", [True, False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
@@ -77,7 +78,7 @@ class _Budget:
 def start_save(
     plan: SavePlan,
     values: Sequence[Any],
-    location: Location,
+    place: Callable[[], Location],
     documents: Callable[[Mapping[str, list[str]]], Iterable[tuple[str, bytes]]],
 ) -> Future[None]:
     """Stages every leaf, and writes in a thread; returns when the caller may change or donate its arrays.
@@ -88,7 +89,7 @@ def start_save(
     Args:
       plan: how to save.
       values: the leaves of the tree, empty nodes included.
-      location: an existing, empty directory.
+      place: called in the writing thread; gives an existing, empty directory.
       documents: called in the writing thread with the checksums per array; gives name and bytes of the small files to write last.
 
     Returns:
@@ -102,14 +103,17 @@ def start_save(
     # Not a daemon: the interpreter waits for it at exit, so that a save under way is finished.
     writer = threading.Thread(
         target=_write,
-        args=(plan, location, batches, budget, documents, tracker, current_meeting(), result),
+        args=(plan, place, batches, budget, documents, tracker, current_meeting(), result),
         name="ckptkit-write",
         daemon=False,
     )
     try:
         for handler, batch in [(group.handler, batch) for group in plan.groups for batch in group.batches]:
             if not budget.fits(batch.held) and not writer.ident:
-                writer.start()
+                with contextlib.suppress(RuntimeError):
+                    writer.start()
+                if not writer.ident:
+                    budget.close()  # nobody would release any of it
             budget.acquire(batch.held)
             if result.done():
                 break
@@ -124,7 +128,10 @@ def start_save(
         raise
     batches.put(None)
     if not writer.ident:
-        writer.start()
+        with contextlib.suppress(RuntimeError):  # Python 3.12 starts none once the main thread has ended
+            writer.start()
+    if not writer.ident:
+        writer.run()  # then the caller writes, once everything is staged, whatever memory that took
     return result
 
 
@@ -160,7 +167,7 @@ def _chunks(staged: _Staged) -> Sequence[Chunk]:
 
 def _write(
     plan: SavePlan,
-    location: Location,
+    place: Callable[[], Location],
     batches: SimpleQueue[_Staged | None],
     budget: _Budget,
     documents: Callable[[Mapping[str, list[str]]], Iterable[tuple[str, bytes]]],
@@ -171,19 +178,23 @@ def _write(
     """The writing thread: what is staged goes to the backend, then the documents go to the location."""
     checksums = {array.name: Checksums(array) for array in plan.arrays}
     try:
+        _check_wanted(result)  # an interrupted caller that saw no thread yet has not waited for this one
+        location = place()
         together.compare(meeting, plan, location)
-        writer = plan.backend.writer(location, plan.arrays, plan.options, meeting.job)
+        names = [array.name for array in plan.arrays]
+        tracker.covered.update(f"{location.url}/{path}" for path in plan.backend.data_directories(names))
+        with paused_gc():
+            writer = plan.backend.writer(location, plan.arrays, plan.options, meeting.job)
         try:
             while (staged := batches.get()) is not None and not result.cancel_requested.is_set():
                 _write_batch(writer, _chunks(staged), checksums, _Written(budget, staged.batch.held, tracker))
                 del staged  # a view keeps jax from reusing a donated buffer; let it go as soon as its bytes are written
-            if result.cancel_requested.is_set():
-                raise errors.CheckpointError("the save was given up.")
+            _check_wanted(result)
             writer.commit()
         except BaseException:
             writer.abort()
             raise
-        whole = together.joined(meeting, plan, location, checksums)
+        whole = together.joined(meeting, plan, location, checksums, tracker)
         for name, data in documents(whole) if whole is not None else ():
             location.write_bytes(name, data)
     except BaseException as error:  # noqa: BLE001 - it is raised again where the future's result is asked for
@@ -195,6 +206,12 @@ def _write(
         budget.close()
 
 
+def _check_wanted(result: _SaveFuture) -> None:
+    if result.cancel_requested.is_set():
+        raise errors.CheckpointError("the save was given up.")
+
+
+@paused_gc()
 def _write_batch(writer: Writer, chunks: Sequence[Chunk], checksums: Mapping[str, Checksums], written: _Written) -> None:
     written.byte_count = sum([chunk.data.nbytes for chunk in chunks])
     writer.write(chunks).add_done_callback(written)

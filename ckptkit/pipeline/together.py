@@ -17,6 +17,7 @@ from ckptkit.location import Location
 from ckptkit.meeting import Meeting
 from ckptkit.metadata import json
 from ckptkit.pipeline.plan import SavePlan
+from ckptkit.reports import Tracker
 from ckptkit.storage.base import ManyWriters
 
 __all__ = ["compare", "joined"]
@@ -39,7 +40,7 @@ def compare(meeting: Meeting, plan: SavePlan, location: Location) -> None:
 
 
 def joined(
-    meeting: Meeting, plan: SavePlan, location: Location, checksums: Mapping[str, Checksums]
+    meeting: Meeting, plan: SavePlan, location: Location, checksums: Mapping[str, Checksums], tracker: Tracker
 ) -> dict[str, list[str]] | None:
     """The checksums of every array once all processes have written; None on processes that are not primary.
 
@@ -55,7 +56,7 @@ def joined(
         for process in meeting.job.others:
             _learn(location, _part_file(process), checksums)
         assert isinstance(plan.backend, ManyWriters)
-        plan.backend.merge(location, meeting.job)
+        tracker.covered.update(f"{location.url}/{path}" for path in plan.backend.merge(location, meeting.job))
     return {name: sums.texts() for name, sums in checksums.items()}
 
 

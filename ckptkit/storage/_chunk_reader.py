@@ -24,7 +24,7 @@ from ckptkit._threads import Workers
 from ckptkit.grid import Array, ArraySpec, Index
 from ckptkit.location import Location
 from ckptkit.storage._futures import joined
-from ckptkit.storage._values import Value, Values, key_prefix, nbytes_of
+from ckptkit.storage._values import Extent, Unread, Value, Values, key_prefix, nbytes_of
 from ckptkit.storage._zarr_cells import canonicalise, decode, fill_value
 from ckptkit.storage.base import Reader
 from ckptkit.storage.zarr_documents import DOCUMENT_NAMES, MAX_DOCUMENT_NBYTES, Document, Version, parse
@@ -47,6 +47,10 @@ _MAX_RATIO: Final = 1 << 21
 # and where absent ones stand for the fill value nothing on the disk bears the claim out.
 _MAX_LOST_NBYTES: Final = 1 << 30
 _MAX_FILLED_NBYTES: Final = 1 << 40
+
+# Chunks that may be missing in all, since each takes a kilobyte while it is read; arrays of few chunks are not counted.
+_MAX_ABSENT_CHUNKS: Final = 1 << 18
+_FEW_CHUNKS: Final = 64
 
 
 @attrs.frozen(eq=False)
@@ -104,6 +108,12 @@ class ChunkReader(Reader):
             raise errors.ClosedError(f"{self._location.url}: the reader was closed before this read.")
         return joined([self._pool.submit(self._read_batch, batch) for batch in _batches(requests)])
 
+    def place(self, name: str, index: Index) -> str:
+        listing = self._listed()
+        document = listing.documents.get(key_prefix(name))
+        value = None if document is None else listing.values.get(_key(name, document, index))
+        return f"{value.path} from byte {value.offset} on" if isinstance(value, Extent) else ""
+
     def close(self) -> None:
         self._closed = True
         self._pool.close()
@@ -129,8 +139,10 @@ class ChunkReader(Reader):
         last = DOCUMENT_NAMES[version]
         keys = [key for key in values if key == last.encode() or key.endswith(f"/{last}".encode())]
         parsed = functools.cache(functools.partial(parse, version=version))
-        stored = self._values.read([values[key] for key in keys], limit=MAX_DOCUMENT_NBYTES + 1)
-        for key, data in zip(keys, stored, strict=True):
+        sized = zip(keys, self._values.sized([values[key] for key in keys]), strict=True)
+        present = {key: value for key, value in sized if value is not None}
+        stored = self._values.read([*present.values()], limit=MAX_DOCUMENT_NBYTES + 1)
+        for key, data in zip(present, stored, strict=True):
             try:
                 prefix, document = key.decode().removesuffix(last), parsed(data)
             except (UnicodeDecodeError, errors.FormatError) as error:
@@ -139,16 +151,26 @@ class ChunkReader(Reader):
                 yield prefix, document
 
     def _check_claims(self, values: Mapping[bytes, Value], documents: Mapping[str, Document]) -> None:
-        """No array claims more memory than what is stored bears out."""
-        large = {p: d for p, d in documents.items() if d.padded_nbytes > _MAX_LOST_NBYTES and 0 not in d.shape}
+        """No array claims more memory, or more chunks, than what is stored bears out."""
+        large = {p: d for p, d in documents.items() if d.padded_nbytes > _MAX_LOST_NBYTES or d.chunk_count > _FEW_CHUNKS}
         if not large:
             return
         keys = list(values)
         held = [0, *accumulate(map(nbytes_of, values.values()))]
+        absent = 0
         for prefix, document in large.items():
+            if 0 in document.shape:
+                continue
             begin = prefix.encode()
             first, last = bisect.bisect_left(keys, begin), bisect.bisect_left(keys, begin + b"\xff")
-            stored = held[last] - held[first]
+            absent += max(0, document.chunk_count - (last - first))
+            if absent > _MAX_ABSENT_CHUNKS:
+                raise errors.FormatError(
+                    f"{self._location.url}: array {_name(prefix)!r} of shape {document.shape} has {document.chunk_count} chunks, "
+                    f"but {last - first} keys are stored: the file is damaged or not to be trusted."
+                )
+            unread = sum([isinstance(values[key], Unread) for key in keys[first:last]])  # as large as they may be
+            stored = held[last] - held[first] + unread * document.stored_nbytes[1]
             unborne = document.padded_nbytes - stored * (1 if document.raw else _MAX_RATIO)
             if unborne > _MAX_FILLED_NBYTES or (unborne > _MAX_LOST_NBYTES and not self._absent_is_fill(document)):
                 raise errors.FormatError(
@@ -174,8 +196,10 @@ class ChunkReader(Reader):
     def _read_batch(self, requests: Sequence[Request]) -> None:
         raw: list[_Cell] = []
         encoded: dict[Document, list[_Cell]] = {}
-        for name, index, out in requests:
-            document, value = self._stored(name, index)
+        found = [self._stored(name, index) for name, index, _ in requests]
+        values = self._values.sized([value for _, value in found])
+        for (name, index, out), (document, _), value in zip(requests, found, values, strict=True):
+            self._check_size(name, index, document, value)
             if value is None:
                 self._fill(name, index, document, out)
                 continue
@@ -191,17 +215,17 @@ class ChunkReader(Reader):
 
     def _stored(self, name: str, index: Index) -> tuple[Document, Value | None]:
         listing = self._listed()
-        prefix = key_prefix(name)
-        document = listing.documents.get(prefix)
+        document = listing.documents.get(key_prefix(name))
         if document is None:
             raise errors.NotFoundError(errno.ENOENT, f"there is no array {name!r} here", self._location.url)
-        value = listing.values.get((prefix + document.chunk_key(index)).encode())
+        return document, listing.values.get(_key(name, document, index))
+
+    def _check_size(self, name: str, index: Index, document: Document, value: Value | None) -> None:
         least, most = document.stored_nbytes
         if value is not None and not least <= nbytes_of(value) <= most:
             raise self._corrupt(
                 name, index, f"has {nbytes_of(value)} bytes, expected {least if least == most else (least, most)}"
             )
-        return document, value
 
     def _fill(self, name: str, index: Index, document: Document, out: Array) -> None:
         if not self._absent_is_fill(document):
@@ -229,6 +253,10 @@ class ChunkReader(Reader):
     def _corrupt(self, name: str, index: Index, what: str) -> errors.CorruptCheckpointError:
         where = f"{self._location.url}: chunk {index} of array {name!r}"
         return errors.CorruptCheckpointError(f"{where} {what}; restore another checkpoint.")
+
+
+def _key(name: str, document: Document, index: Index) -> bytes:
+    return (key_prefix(name) + document.chunk_key(index)).encode()
 
 
 def _lies_as_stored(out: Array, document: Document) -> bool:

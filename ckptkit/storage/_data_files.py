@@ -13,7 +13,7 @@ import tensorstore as ts
 
 from ckptkit.location import Location, mapped_os_errors
 from ckptkit.storage._ocdbt_nodes import Place
-from ckptkit.storage._tensorstore import writing_error
+from ckptkit.storage._tensorstore import context_for, writing_error
 from ckptkit.storage._values import Bytes
 
 __all__ = ["DataFiles", "data_files"]
@@ -150,7 +150,7 @@ class _Objects(DataFiles):
         super().__init__(base, target_nbytes)
         self._url = location.url
         try:
-            self._store = ts.KvStore.open(location.kvstore()).result()
+            self._store = ts.KvStore.open(location.kvstore(), context=context_for(location)).result()
         except Exception as error:
             raise writing_error(error, self._url) from error
         self._values: list[Bytes] = []
@@ -162,6 +162,8 @@ class _Objects(DataFiles):
 
     def close(self) -> None:
         self._values.clear()
+        if self._sending is not None:
+            self._sending.exception()  # whoever removes what was written must not be overtaken
 
     def _put(self, values: Sequence[Bytes]) -> None:
         self._values += [value.copy() for value in values]

@@ -19,7 +19,7 @@ from ckptkit.storage._data_files import data_files
 from ckptkit.storage._ocdbt_nodes import MANIFEST, Entry, Place, encode_manifest, encode_tree
 from ckptkit.storage._ocdbt_values import OcdbtValues
 from ckptkit.storage._ocdbt_writer import OcdbtWriter
-from ckptkit.storage._tensorstore import mapped_tensorstore_errors
+from ckptkit.storage._tensorstore import context_for, mapped_tensorstore_errors
 from ckptkit.storage._values import Extent
 from ckptkit.storage.base import ArraySpec
 
@@ -46,16 +46,17 @@ def _directory(process: int) -> str:
 
 
 @paused_gc()
-def merge(location: Location, processes: Sequence[int]) -> None:
-    """Writes the tree of the common database.
+def merge(location: Location, processes: Sequence[int]) -> list[str]:
+    """Writes the tree of the common database; the directories of the others.
 
     Raises:
       errors.NotFoundError: a process has written no database.
       errors.StorageError: the system refused.
     """
     entries: dict[bytes, Entry] = {}
-    for process in processes:
-        entries.update((entry.key, entry) for entry in _entries(location, _directory(process)))
+    directories = [_directory(process) for process in processes]
+    for directory in directories:
+        entries.update((entry.key, entry) for entry in _entries(location, directory))
     files = data_files(location, "", None)
     try:
         root, height = encode_tree(entries.values(), lambda node: files.append([np.frombuffer(node, np.uint8)])[0])
@@ -63,13 +64,15 @@ def merge(location: Location, processes: Sequence[int]) -> None:
     finally:
         files.close()
     location.write_bytes(MANIFEST, encode_manifest(root, height))
+    return directories
 
 
 def _entries(location: Location, directory: str) -> Iterator[Entry]:
     part = location.child(directory)
-    context = ts.Context()
+    context = context_for(part)
     with mapped_tensorstore_errors(part.url):
         base = ts.KvStore.open(part.kvstore(), context=context).result()
     for key, value in OcdbtValues(part, base, context).entries().items():
         place = Place(f"{directory}/", value.path, value.offset, value.nbytes) if isinstance(value, Extent) else value
+        assert isinstance(place, Place | bytes)  # which is all that a database gives
         yield Entry(key, place)

@@ -2,27 +2,38 @@
 
 Format: https://google.github.io/tensorstore/kvstore/ocdbt. TensorStore decodes the nodes (0.035 s for 20,000 keys);
 through its key-value interface the same keys take ten times as long. A database may come from a stranger: its file names
-must stay inside the directory, and its offsets and lengths inside the files.
+must stay inside the directory, its offsets and lengths inside the files, and what its nodes expand to within bounds.
+Places that are no local directory are read by byte ranges (`_remote_values`).
 """
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any, Final
 from urllib.parse import unquote
 
 import numpy as np
 import tensorstore as ts
 
 from ckptkit import errors
-from ckptkit.location import Location, mapped_os_errors
+from ckptkit.location import Location, checked_parts, mapped_os_errors
+from ckptkit.storage._expansion import node_nbytes
 from ckptkit.storage._ocdbt_nodes import MANIFEST
+from ckptkit.storage._remote_values import check_ends, read_ranges
 from ckptkit.storage._tensorstore import mapped_tensorstore_errors
 from ckptkit.storage._values import Bytes, Extent, Value, Values, cut_off, read_files
 
 __all__ = ["OcdbtValues"]
+
+# What all nodes may decode to: Orbax writes nodes of 100 MB, which zeros compress well, but many leaves take many bytes.
+_MAX_DECODED_NBYTES: Final = 256 << 20
+_MAX_RATIO: Final = 64
+
+# Keys may be this many, and one more for each byte that the nodes take on the disk, since each takes hundreds in memory.
+_MAX_KEYS: Final = 1 << 20
 
 
 class OcdbtValues(Values):
@@ -33,9 +44,12 @@ class OcdbtValues(Values):
         self._directory = location.local_path
         self._base = base
         self._context = context
+        self._stored_nbytes = self._decoded_nbytes = 0  # of the nodes read so far
 
     def entries(self) -> dict[bytes, Value]:
+        self._stored_nbytes = self._decoded_nbytes = 0
         self._check_end(MANIFEST, 1)
+        self._check_expansion(Extent(MANIFEST, 0, sys.maxsize))
         with mapped_tensorstore_errors(self._location.url):
             values = dict(self._walk(self._root()))
         self._check_files(values.values())
@@ -44,12 +58,12 @@ class OcdbtValues(Values):
     def read_into(self, wanted: Iterable[tuple[Value, Bytes]]) -> None:
         extents = []
         for value, buffer in wanted:
-            if isinstance(value, Extent):
-                extents.append((value, buffer))
-            else:
+            if isinstance(value, bytes):
                 buffer[:] = np.frombuffer(value, np.uint8, buffer.size)
+            elif isinstance(value, Extent):
+                extents.append((value, buffer))
         if self._directory is None:
-            self._read_remote(extents)
+            read_ranges(self._base, self._location.url, extents)
         else:
             read_files(self._directory, extents)
 
@@ -66,9 +80,13 @@ class OcdbtValues(Values):
         """Keys and values from left to right. They must ascend, so that no node is walked twice, whatever refers to it."""
         pending = [] if root is None else [(root["location"], root["height"], b"")]
         last = None
+        count = 0
         while pending:
             reference, height, prefix = pending.pop()
             entries = self._node(reference, height)
+            count += len(entries)
+            if count > _MAX_KEYS + self._stored_nbytes:
+                raise self._not_a_tree(f"{count} keys in {self._stored_nbytes} bytes")
             if height:
                 below = [(e["location"], height - 1, prefix + e["subtree_common_prefix"]) for e in entries]
                 pending.extend(reversed(below))
@@ -84,11 +102,28 @@ class OcdbtValues(Values):
         """The entries of a node, of which there is at least one."""
         extent = _extent(reference)
         self._check_end(extent.path, extent.offset + extent.nbytes)
+        self._check_expansion(extent)
         node = ts.ocdbt.dump(self._base, reference, context=self._context).result()
         entries: list[dict[str, Any]] = node["entries"]
         if node["height"] != height or not entries:
             raise self._not_a_tree(f"a node of height {node['height']} with {len(entries)} entries, expected height {height}")
         return entries
+
+    def _check_expansion(self, extent: Extent) -> None:
+        """What was read so far, and a local node or manifest that is about to be, do not take more memory than they should."""
+        if self._directory is None:
+            return
+        path = os.path.join(self._directory, extent.path)
+        with mapped_os_errors(path, "read"), open(path, "rb") as file:
+            nbytes = min(extent.nbytes, os.fstat(file.fileno()).st_size)
+            if nbytes > _MAX_DECODED_NBYTES:
+                raise self._not_a_tree(f"{extent.path!r} has a node of {nbytes} bytes, more than any writer makes")
+            file.seek(extent.offset)
+            data = file.read(nbytes)
+        self._stored_nbytes += nbytes
+        self._decoded_nbytes += node_nbytes(data)
+        if self._decoded_nbytes > _MAX_DECODED_NBYTES + _MAX_RATIO * self._stored_nbytes:
+            raise self._not_a_tree(f"{self._stored_nbytes} bytes of nodes stand for {self._decoded_nbytes}")
 
     def _not_a_tree(self, found: str) -> errors.CorruptCheckpointError:
         return errors.CorruptCheckpointError(f"{self._location.url}: the database's B+tree is damaged: {found}.")
@@ -101,13 +136,16 @@ class OcdbtValues(Values):
                 ends[value.path] = max(ends.get(value.path, 0), value.offset + value.nbytes)
         for path, end in ends.items():
             self._check_end(path, end)
+        if self._directory is None:
+            check_ends(self._base, self._location.url, ends)
 
     def _check_end(self, path: str, end: int) -> None:
-        """A local file is a regular one, since reading a named pipe never ends, lies in the directory and is long enough."""
+        """The file lies in the directory. A local one is regular, since reading a named pipe never ends, and long enough."""
         if self._directory is None:
+            checked_parts(path, self._location.url)
             return
         full = os.path.join(self._directory, path)
-        if not os.path.realpath(full).startswith(os.path.realpath(self._directory) + os.sep):
+        if "\0" in path or not os.path.realpath(full).startswith(os.path.realpath(self._directory) + os.sep):
             raise errors.FormatError(f"{self._directory}: the database refers to {path!r}, which lies outside the directory.")
         with mapped_os_errors(full, "read"):
             status = os.stat(full)
@@ -116,14 +154,8 @@ class OcdbtValues(Values):
         if status.st_size < end:
             raise cut_off(full, status.st_size, end)
 
-    def _read_remote(self, wanted: Sequence[tuple[Extent, Bytes]]) -> None:
-        with mapped_tensorstore_errors(self._location.url):
-            reads = [ts.ocdbt.dump(self._base, extent.reference, context=self._context) for extent, _ in wanted]
-            for (_, buffer), read in zip(wanted, reads, strict=True):
-                buffer[:] = np.frombuffer(read.result(), np.uint8, buffer.size)
-
 
 def _extent(reference: str) -> Extent:
     """Parses `kind:base:path:offset:nbytes`, both names percent-encoded, which TensorStore has written."""
     _, base, path, offset, nbytes = reference.split(":")
-    return Extent(unquote(base + path) if "%" in reference else base + path, int(offset), int(nbytes), reference)
+    return Extent(unquote(base + path) if "%" in reference else base + path, int(offset), int(nbytes))

@@ -1,4 +1,7 @@
-"""What TensorStore says went wrong, as our errors. It raises builtin exceptions whose text begins with a status code."""
+"""What all of our use of TensorStore shares: the context of places that are no local directories, and what its errors mean.
+
+It raises builtin exceptions whose text begins with a status code.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,15 @@ import os
 import re
 from collections.abc import Iterator
 
-from ckptkit import errors
+import tensorstore as ts
 
-__all__ = ["mapped_tensorstore_errors", "reading_error", "writing_error"]
+from ckptkit import errors
+from ckptkit.location import Location
+
+__all__ = ["SHARED_CONTEXT", "context_for", "mapped_tensorstore_errors", "reading_error", "store_error", "writing_error"]
+
+SHARED_CONTEXT = ts.Context()
+"""Holds what is kept in memory and the connections to servers, so that every part of the process sees the same."""
 
 _OS_ERROR = re.compile(r"os_error_code='(\d+)'")
 
@@ -20,9 +29,19 @@ _UNAVAILABLE = re.compile(
 )
 
 
+def context_for(location: Location) -> ts.Context:
+    """The context to open a location's key-value store in; a directory of this machine has one of its own."""
+    return SHARED_CONTEXT if location.local_path is None else ts.Context()
+
+
+def store_error(error: BaseException, path: str, doing: str) -> errors.CheckpointError:
+    """The error for an operation on a whole file or a directory, whose content cannot be what is wrong."""
+    return _os_error(error, path, doing) or errors.StorageError(None, f"cannot {doing}: {error}", path)
+
+
 def writing_error(error: BaseException, path: str) -> errors.CheckpointError:
     """The error for a failed write below `path`, with the operating system's number where the text has one."""
-    return _os_error(error, path, "write") or errors.StorageError(None, f"cannot write: {error}", path)
+    return store_error(error, path, "write")
 
 
 def reading_error(error: BaseException, path: str) -> errors.CheckpointError:

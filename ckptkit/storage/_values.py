@@ -14,7 +14,7 @@ import numpy.typing as npt
 from ckptkit import errors
 from ckptkit.location import mapped_os_errors
 
-__all__ = ["Bytes", "Extent", "Value", "Values", "cut_off", "key_prefix", "nbytes_of", "read_files"]
+__all__ = ["Bytes", "Extent", "Unread", "Value", "Values", "cut_off", "key_prefix", "nbytes_of", "read_files"]
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -34,21 +34,27 @@ class Extent(NamedTuple):
     Attributes:
       path: of the file, below the directory.
       offset, nbytes: its place there.
-      reference: the same as TensorStore writes it, in an OCDBT database; else empty.
     """
 
     path: str
     offset: int
     nbytes: int
-    reference: str = ""
 
 
-Value = bytes | Extent
+class Unread(NamedTuple):
+    """A value of which the listing of a place tells nothing but the key; `Values.sized` reads it."""
+
+    key: bytes
+
+
+Value = bytes | Extent | Unread
 """The value itself where whatever lists the keys holds it, else where it is."""
 
 
 def nbytes_of(value: Value) -> int:
-    """Stored bytes of a value."""
+    """Stored bytes of a value; 0 where only reading tells."""
+    if isinstance(value, Unread):
+        return 0
     return value.nbytes if isinstance(value, Extent) else len(value)
 
 
@@ -65,6 +71,14 @@ class Values(abc.ABC):
           errors.FormatError: a name leads out of the directory, or to what is no file.
         """
 
+    def sized(self, values: Sequence[Value | None]) -> Sequence[Value | None]:
+        """The same values, those that were `Unread` as bytes, or None where they are gone; the size of all is known then.
+
+        Raises:
+          errors.StorageError: one cannot be read.
+        """
+        return values
+
     @abc.abstractmethod
     def read_into(self, wanted: Iterable[tuple[Value, Bytes]]) -> None:
         """Fills each buffer with the first bytes of its value.
@@ -77,8 +91,8 @@ class Values(abc.ABC):
         """Of each value the first `limit` bytes, those that lie at one place read once; raises what `read_into` raises."""
         buffers = {v: np.empty(min(limit, v.nbytes), np.uint8) for v in values if isinstance(v, Extent)}
         self.read_into(buffers.items())
-        found = {value: buffer.tobytes() for value, buffer in buffers.items()}
-        return [found[value] if isinstance(value, Extent) else value[:limit] for value in values]
+        found: dict[Value, bytes] = {value: buffer.tobytes() for value, buffer in buffers.items()}
+        return [value[:limit] if isinstance(value, bytes) else found[value] for value in values]
 
 
 def read_files(directory: str, wanted: Iterable[tuple[Extent, Bytes]]) -> None:
@@ -124,8 +138,9 @@ def _preadv(descriptor: int, buffers: list[Bytes], offset: int, path: str) -> No
             buffers[first] = buffers[first][count:]
 
 
-def cut_off(path: str, size: int, end: int) -> errors.CorruptCheckpointError:
-    """The error for a file that ends too early."""
+def cut_off(path: str, size: int | None, end: int) -> errors.CorruptCheckpointError:
+    """The error for a file that ends too early, after `size` bytes where that is known."""
+    ends = "too early" if size is None else f"at byte {size}"
     return errors.CorruptCheckpointError(
-        f"{path}: the file ends at byte {size}, {end} are needed: it was cut off; restore another checkpoint."
+        f"{path}: the file ends {ends}, {end} are needed: it was cut off; restore another checkpoint."
     )

@@ -14,6 +14,7 @@ import numpy as np
 import tensorstore as ts
 
 from ckptkit.grid import Array
+from ckptkit.storage._expansion import blosc_nbytes
 from ckptkit.storage._zarr_dtypes import V3_DTYPES
 from ckptkit.storage.zarr_documents import Document
 
@@ -59,8 +60,11 @@ def decode(document: Document, encoded: Sequence[bytes], outs: Sequence[Array]) 
 
     Raises:
       MemoryError: there is no room for the cells.
+      ValueError: a chunk that says it is larger than its cell.
       Exception: TensorStore's, for bytes that are no such chunks.
     """
+    if document.is_blosc and any(blosc_nbytes(chunk) > document.stored_nbytes[1] for chunk in encoded):
+        raise ValueError(f"it would decode to more than the {document.cell_nbytes} bytes of its cell")
     # Where TensorStore finds no memory it ends the process; where numpy finds none it says so.
     values = np.empty((len(encoded), *document.chunk_shape), document.dtype)
     context = ts.Context()

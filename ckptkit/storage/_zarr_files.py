@@ -1,6 +1,7 @@
 """Zarr arrays as directories of files: an array named `a/b` has its document at `a/b/.zarray` and its chunks beside it.
 
-A directory may come from a stranger: nothing is read through a link that leads out of it, or from what is no regular file.
+The writer writes anywhere that takes whole files by name, what reads here is for directories of this machine. A directory may
+come from a stranger: nothing is read through a link that leads out of it, or from what is no regular file.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Final
 
@@ -21,9 +22,9 @@ from ckptkit.storage._futures import joined
 from ckptkit.storage._values import Bytes, Extent, Value, Values, key_prefix, read_files
 from ckptkit.storage._zarr_cells import encoded_cell
 from ckptkit.storage.base import ArraySpec, Chunk, Writer
-from ckptkit.storage.zarr_documents import DOCUMENT_NAMES, Document, Version, documented
+from ckptkit.storage.zarr_documents import DOCUMENT_NAMES, Document, documented
 
-__all__ = ["FileValues", "FileWriter", "holds_document"]
+__all__ = ["FileValues", "FileWriter", "create_file", "holds_document"]
 
 # One task for a thread.
 _BATCH_NBYTES: Final = 8 << 20
@@ -78,20 +79,26 @@ def _files(directory: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
 class FileWriter(Writer):
     """Writes files in threads of its own. Syncing them is left to the commit, which syncs every file of a checkpoint.
 
+    Args:
+      create: makes a file of a name and its content, or raises `errors.StorageError`.
+      threads: how many files are written at a time.
+      arrays: everything that will be written.
+      options: how.
+
     A write that fails raises `errors.StorageError` from its future, from the next call, and at the latest from `commit`.
     """
 
-    def __init__(self, directory: str, arrays: Sequence[ArraySpec], options: StorageOptions, job: Job) -> None:
-        version: Version = 3 if options.use_zarr3 else 2
-        self._directory = directory
-        self._pool = Workers(min(4, os.cpu_count() or 1), "ckptkit-write-files")
-        self._synced_here = not job.is_primary
+    def __init__(
+        self, create: Callable[[str, Any], None], threads: int, arrays: Sequence[ArraySpec], options: StorageOptions, job: Job
+    ) -> None:
+        self._create = create
+        self._pool = Workers(threads, "ckptkit-write-files")
         self._documents: dict[str, Document] = {}
         files: list[tuple[str, Any]] = []
-        for array, document, data in documented(arrays, version, options.compression):
+        for array, document, data in documented(arrays, options):
             self._documents[array.name] = document
             if job.is_primary:
-                files.append((key_prefix(array.name) + DOCUMENT_NAMES[version], data))
+                files.append((key_prefix(array.name) + DOCUMENT_NAMES[document.version], data))
         batches = [files[i : i + _BATCH_FILES] for i in range(0, len(files), _BATCH_FILES)]
         self._writing = [self._pool.submit(self._write_documents, batch) for batch in batches]
 
@@ -116,17 +123,16 @@ class FileWriter(Writer):
 
     def _write_documents(self, files: Sequence[tuple[str, bytes]]) -> None:
         for key, data in files:
-            _create(os.path.join(self._directory, key), data)
+            self._create(key, data)
 
     def _write_chunks(self, chunks: list[Chunk]) -> None:
         while chunks:  # emptied, so that nothing refers to the data any more when the future is done
             chunk = chunks.pop()
             document = self._documents[chunk.array.name]
-            path = os.path.join(self._directory, key_prefix(chunk.array.name) + document.chunk_key(chunk.index))
-            _create(path, encoded_cell(chunk.data, document), sync=self._synced_here)
+            self._create(key_prefix(chunk.array.name) + document.chunk_key(chunk.index), encoded_cell(chunk.data, document))
 
 
-def _create(path: str, data: Any, *, sync: bool = False) -> None:
+def create_file(path: str, data: Any, *, sync: bool = False) -> None:
     """Makes a file, and the directories above it.
 
     Raises:

@@ -6,7 +6,7 @@ The database lies in the directory itself (`manifest.ocdbt`, `d/`). An array nam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import tensorstore as ts
 
@@ -18,7 +18,7 @@ from ckptkit.storage._ocdbt_merge import PartWriter, merge
 from ckptkit.storage._ocdbt_nodes import MANIFEST
 from ckptkit.storage._ocdbt_values import OcdbtValues
 from ckptkit.storage._ocdbt_writer import OcdbtWriter
-from ckptkit.storage._tensorstore import mapped_tensorstore_errors
+from ckptkit.storage._tensorstore import context_for, mapped_tensorstore_errors
 from ckptkit.storage._values import key_prefix
 from ckptkit.storage.base import ArraySpec, ManyWriters, Reader, Writer
 from ckptkit.storage.zarr_documents import refusal
@@ -38,14 +38,17 @@ class OcdbtBackend(ManyWriters):
     def writer(self, location: Location, arrays: Sequence[ArraySpec], options: StorageOptions, job: Job) -> Writer:
         return PartWriter(location, arrays, options, job) if job.others else OcdbtWriter(location, arrays, options)
 
-    def merge(self, location: Location, job: Job) -> None:
-        merge(location, job.processes)
+    def merge(self, location: Location, job: Job) -> Iterable[str]:
+        return merge(location, job.processes)
 
     def reader(self, location: Location) -> Reader:
-        context = ts.Context()
+        context = context_for(location)
         with mapped_tensorstore_errors(location.url):
             base = ts.KvStore.open(location.kvstore(), context=context).result()
         return ChunkReader(location, OcdbtValues(location, base, context))
+
+    def data_directories(self, names: Iterable[str]) -> Iterable[str]:
+        return ("d",)  # values of chunks and documents, and nodes, whose checksums TensorStore verifies
 
     def recognises(self, location: Location) -> bool:
         return location.exists(MANIFEST)

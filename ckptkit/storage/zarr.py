@@ -6,23 +6,30 @@ zarr, are what it is for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-from ckptkit import errors
+import tensorstore as ts
+
 from ckptkit.location import Location
 from ckptkit.options import StorageOptions
 from ckptkit.processes import Job
+from ckptkit.storage import _remote_values
 from ckptkit.storage._chunk_reader import ChunkReader
-from ckptkit.storage._zarr_files import FileValues, FileWriter, holds_document
+from ckptkit.storage._tensorstore import context_for, mapped_tensorstore_errors
+from ckptkit.storage._zarr_files import FileValues, FileWriter, create_file, holds_document
 from ckptkit.storage._zarr_names import name_refusals
 from ckptkit.storage.base import ArraySpec, ManyWriters, Reader, Writer
 from ckptkit.storage.zarr_documents import refusal
 
 __all__ = ["ZarrBackend"]
 
+_REMOTE_THREADS = 8  # each waits for a server most of the time, and holds one chunk
+
 
 class ZarrBackend(ManyWriters):
-    """Arrays as directories of files on this machine."""
+    """Arrays as directories of files."""
 
     name = "zarr"
 
@@ -31,32 +38,38 @@ class ZarrBackend(ManyWriters):
         return [refusal(array) or name for array, name in zip(arrays, names, strict=True)]
 
     def writer(self, location: Location, arrays: Sequence[ArraySpec], options: StorageOptions, job: Job) -> Writer:
-        """A writer into an empty directory.
+        directory = location.local_path
 
-        Raises:
-          errors.ArgsError: the location is no directory of this machine.
-        """
-        return FileWriter(_directory(location), arrays, options, job)
+        def create(name: str, data: Any) -> None:
+            if directory is None:
+                location.write_bytes(name, bytes(data))
+            else:
+                create_file(os.path.join(directory, name), data, sync=not job.is_primary)
 
-    def merge(self, location: Location, job: Job) -> None:
-        """Nothing: every chunk is a file, whoever wrote it."""
+        threads = _REMOTE_THREADS if directory is None else min(4, os.cpu_count() or 1)
+        return FileWriter(create, threads, arrays, options, job)
+
+    def merge(self, location: Location, job: Job) -> Iterable[str]:
+        return ()  # every chunk is a file, whoever wrote it
 
     def reader(self, location: Location) -> Reader:
-        """A reader of a directory of arrays, whatever program wrote it.
+        """A reader of a directory of arrays, whatever program wrote it."""
+        if location.local_path is not None:
+            return ChunkReader(location, FileValues(location.local_path))
+        return ChunkReader(location, _remote_values.RemoteValues(_store(location), location.url))
 
-        Raises:
-          errors.ArgsError: the location is no directory of this machine.
-        """
-        return ChunkReader(location, FileValues(_directory(location)))
+    def data_directories(self, names: Iterable[str]) -> Iterable[str]:
+        return (name.rstrip("/") for name in names)
 
     def recognises(self, location: Location) -> bool:
-        directory = location.local_path
-        return directory is not None and not location.exists("manifest.ocdbt") and holds_document(directory)
+        if location.exists("manifest.ocdbt"):
+            return False
+        if location.local_path is not None:
+            return holds_document(location.local_path)
+        with mapped_tensorstore_errors(location.url):
+            return _remote_values.holds_document(_store(location))
 
 
-def _directory(location: Location) -> str:
-    if location.local_path is None:
-        raise errors.ArgsError(
-            f"{location.url} is no directory of this machine, which storage='zarr' needs; use OCDBT there, or copy it here."
-        )
-    return location.local_path
+def _store(location: Location) -> ts.KvStore:
+    with mapped_tensorstore_errors(location.url):
+        return ts.KvStore.open(location.kvstore(), context=context_for(location)).result()

@@ -14,7 +14,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import pytest
-from etils import epath
 
 import ckptkit
 from ckptkit import errors
@@ -160,7 +159,7 @@ def cancelled(tree: Any, registry: Registry, place: Location, backend: StorageBa
     """
     handler = _handler(registry, backend)
     handler.registry = registry
-    futures = asyncio.run(handler.async_save(epath.Path(place.url), args=PyTreeSave(tree)))
+    futures = asyncio.run(handler.async_save(place.path, args=PyTreeSave(tree)))
     give_up(futures)
     stays_as_it_is(place)
 

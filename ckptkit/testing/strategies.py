@@ -68,8 +68,9 @@ def shardings(draw: st.DrawFn, shape: tuple[int, ...]) -> jax.sharding.Sharding:
     axes: list[str | None] = [None] * len(shape)
     for name, size in (("data", 4), ("model", 2)):
         fits = [i for i, n in enumerate(shape) if axes[i] is None and n % size == 0]
-        if fits and draw(st.booleans()):
-            axes[int(draw(st.sampled_from(fits)))] = name
+        axis = draw(st.sampled_from([None, *fits]))
+        if axis is not None:
+            axes[axis] = name
     spec: Any = jax.sharding.PartitionSpec
     return jax.sharding.NamedSharding(mesh(), spec(*axes))
 

@@ -1,11 +1,11 @@
 from fractions import Fraction
 
 import pytest
-from ckptkit_example.fractions import FractionHandler
-from ckptkit_example.notes import NotesHandler, NotesRestore, NotesSave
 
 import ckptkit
 from ckptkit.testing import CheckpointHandlerTests, TypeHandlerTests
+from ckptkit_example.fractions import FractionHandler
+from ckptkit_example.notes import NotesHandler, NotesRestore, NotesSave
 
 
 class TestFractions(TypeHandlerTests):

@@ -3,15 +3,16 @@
     python benchmarks/side_by_side.py [--directory DIR] [--megabytes 512] [--rounds 5]
 
 Saving ends when the bytes are on the disk: ckptkit syncs what it commits, the library's `save_file` is followed by an fsync.
-Restoring ends when every array is a ready jax.Array, out of the system's page cache. Memory is what the process's peak grew by.
+Restoring ends when every array is a ready jax.Array, out of the system's page cache. Memory is how far the peak during the
+call lies above what the process held before it, where the system tells (Linux).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -21,6 +22,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import jax
+import numpy as np
+import safetensors.flax
+
+import ckptkit
 
 CASES = ("large", "many")
 TASKS = {
@@ -34,8 +41,6 @@ TASKS = {
 
 def tree(case: str, megabytes: int) -> dict[str, Any]:
     """Random float32 arrays: eight large ones, or many of 1 KB."""
-    import numpy as np
-
     rng = np.random.default_rng(0)
     count, length = (8, (megabytes << 20) // 32) if case == "large" else ((megabytes << 10) // 50, 256)
     return {f"layer{i}.w": rng.random(length, np.float32) for i in range(count)}
@@ -43,12 +48,8 @@ def tree(case: str, megabytes: int) -> dict[str, Any]:
 
 def save(tool: str, arrays: dict[str, Any], directory: Path) -> Callable[[], None]:
     """The call to time."""
-    import jax
-
     leaves = jax.block_until_ready({name: jax.numpy.asarray(array) for name, array in arrays.items()})
     if tool == "ckptkit":
-        import ckptkit
-
         checkpointer = ckptkit.StandardCheckpointer(storage="safetensors")
 
         def run() -> None:
@@ -56,7 +57,6 @@ def save(tool: str, arrays: dict[str, Any], directory: Path) -> Callable[[], Non
             checkpointer.wait_until_finished()
 
         return run
-    import safetensors.flax
 
     def run_library() -> None:
         safetensors.flax.save_file(leaves, directory / "library.safetensors")
@@ -70,14 +70,8 @@ def save(tool: str, arrays: dict[str, Any], directory: Path) -> Callable[[], Non
 
 def restore(tool: str, directory: Path) -> Callable[[], None]:
     """The call to time."""
-    import jax
-
     if tool == "library":
-        import safetensors.flax
-
         return lambda: jax.block_until_ready(safetensors.flax.load_file(directory / "library.safetensors"))
-    import ckptkit
-
     path = directory / ("library.safetensors" if tool == "foreign" else "ckptkit")
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     checkpointer = ckptkit.StandardCheckpointer()
@@ -89,21 +83,36 @@ def restore(tool: str, directory: Path) -> Callable[[], None]:
 def child(case: str, megabytes: int, kind: str, tool: str, directory: Path) -> None:
     """Runs one task, and prints its seconds and the bytes by which the peak of memory grew."""
     if kind == "save":
-        shutil.rmtree(directory / "ckptkit", ignore_errors=True) if tool == "ckptkit" else None
-        (directory / "library.safetensors").unlink(missing_ok=True) if tool == "library" else None
+        if tool == "ckptkit":
+            shutil.rmtree(directory / "ckptkit", ignore_errors=True)
         run = save(tool, tree(case, megabytes), directory)
     else:
         run = restore(tool, directory)
     os.sync()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    _forget_peak()
+    before = _memory("VmRSS")
     start = time.perf_counter()
     run()
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps([seconds, (peak - before) << (0 if sys.platform == "darwin" else 10)]))
+    print(json.dumps([seconds, _memory("VmHWM") - before]))
+
+
+def _forget_peak() -> None:
+    """Lets the system take the peak of this process's memory from now on."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _memory(name: str) -> int:
+    """A field of the process's status, in bytes; 0 where there is none."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
+    return 0
 
 
 def main() -> None:
+    """Reads the command line, and runs each task in turn."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, help="where to write; default: a temporary directory")
     parser.add_argument("--megabytes", type=int, default=512, help="size of the case large, in 2**20 bytes; many has a fiftieth")

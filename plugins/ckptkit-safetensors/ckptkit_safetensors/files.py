@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 
 from ckptkit import errors
 from ckptkit.storage import ArraySpec, mapped_os_errors
-from ckptkit_safetensors.header import LENGTH_NBYTES, MAX_NBYTES, data_nbytes, parse
+from ckptkit_safetensors.header import LENGTH_NBYTES, MAX_NBYTES, parse
 
 __all__ = ["INDEX_FILE", "Place", "encode_index", "file_names", "is_data_file", "is_index", "opened", "places", "split"]
 
@@ -71,7 +71,7 @@ def file_names(count: int) -> list[str]:
 
 def encode_index(files: Mapping[str, Sequence[ArraySpec]]) -> bytes:
     """The index of the arrays of several files."""
-    total = sum([data_nbytes(arrays) for arrays in files.values()])
+    total = sum([array.nbytes for arrays in files.values() for array in arrays])
     weights = {array.name: name for name, arrays in files.items() for array in arrays}
     return json.dumps({"metadata": {"total_size": total}, "weight_map": weights}, ensure_ascii=False, indent=1).encode()
 

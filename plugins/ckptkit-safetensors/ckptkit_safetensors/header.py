@@ -18,7 +18,7 @@ import numpy as np
 from ckptkit import errors
 from ckptkit.storage import ArraySpec, chunk_count
 
-__all__ = ["LENGTH_NBYTES", "MAX_NBYTES", "METADATA_KEY", "WORDS", "Tensor", "data_nbytes", "encode", "order", "parse"]
+__all__ = ["LENGTH_NBYTES", "MAX_NBYTES", "METADATA_KEY", "WORDS", "Tensor", "encode", "order", "parse"]
 
 METADATA_KEY: Final = "__metadata__"
 LENGTH_NBYTES: Final = 8
@@ -69,13 +69,8 @@ def order(arrays: Sequence[ArraySpec]) -> list[ArraySpec]:
     return sorted(arrays, key=lambda array: -array.dtype.itemsize)
 
 
-def data_nbytes(arrays: Sequence[ArraySpec]) -> int:
-    """Bytes of the arrays together."""
-    return sum([array.nbytes for array in arrays])
-
-
-def encode(arrays: Sequence[ArraySpec]) -> tuple[bytes, dict[str, Tensor]]:
-    """What stands before the arrays in a file that holds them in this order, and where each lies behind it.
+def encode(arrays: Sequence[ArraySpec]) -> tuple[bytes, dict[str, Tensor], int]:
+    """What stands before the arrays in a file that holds them in this order, where each lies behind it, and their bytes in all.
 
     The chunks that checksums were taken of are recorded where an array is not one chunk. The format is called 'pt', as by most
     writers: transformers refuses files that do not say one it knows.
@@ -98,7 +93,7 @@ def encode(arrays: Sequence[ArraySpec]) -> tuple[bytes, dict[str, Tensor]]:
             f"The names and shapes of {len(arrays)} arrays take {len(text)} bytes, more than the {MAX_NBYTES} that the header of "
             "a safetensors file may have; set a smaller target_data_file_size."
         )
-    return len(text).to_bytes(LENGTH_NBYTES, "little") + text, tensors
+    return len(text).to_bytes(LENGTH_NBYTES, "little") + text, tensors, start
 
 
 def _one_chunk(shape: Sequence[int]) -> tuple[int, ...]:

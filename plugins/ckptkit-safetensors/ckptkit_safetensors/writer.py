@@ -13,7 +13,7 @@ import numpy as np
 from ckptkit.storage import ArraySpec, Chunk, Index, Workers, Writer, joined, mapped_os_errors, whole
 from ckptkit_safetensors.extents import Extent, cut, extents, inside, move, row_axis, tasks, widened
 from ckptkit_safetensors.files import INDEX_FILE, Place, encode_index, file_names, split
-from ckptkit_safetensors.header import data_nbytes, encode, order
+from ckptkit_safetensors.header import encode, order
 
 __all__ = ["SafetensorsWriter"]
 
@@ -67,9 +67,9 @@ class SafetensorsWriter(Writer):
 
     def _create(self, path: str, arrays: Sequence[ArraySpec]) -> None:
         """A file with its header, as long as it will be."""
-        header, tensors = encode(arrays)
-        _make(path, header, len(header) + data_nbytes(arrays))
-        self._places |= {name: Place(tensor.array, path, len(header) + tensor.start) for name, tensor in tensors.items()}
+        header, tensors, nbytes = encode(arrays)
+        _make(path, header, len(header) + nbytes)
+        self._places |= {name: Place(array, path, len(header) + start) for name, (array, start) in tensors.items()}
 
     def _raise_what_failed(self) -> None:
         for part in self._writing:

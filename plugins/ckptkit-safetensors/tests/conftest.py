@@ -1,18 +1,17 @@
-"""The fixtures of ckptkit's conformance suite: eight CPU devices among them, so that sharding is tested everywhere."""
+"""What every test shares: the fixtures of ckptkit's conformance suite, eight CPU devices among them."""
 
 from __future__ import annotations
 
 import hypothesis
 import pytest
 
-# Imported rather than named in pytest_plugins, which pytest takes from the topmost conftest.py alone: this suite may be run with
-# others. It comes before jax, since it says which devices jax starts with.
-from ckptkit.testing.fixtures import devices, location, new_location, registry
-
-__all__ = ["devices", "location", "mesh", "new_location", "registry"]
-
 hypothesis.settings.register_profile("ckptkit-safetensors", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("ckptkit-safetensors")
+
+
+def pytest_configure(config):
+    # Not by `pytest_plugins`, which pytest takes from the topmost conftest.py alone: this suite may be run with others.
+    config.pluginmanager.import_plugin("ckptkit.testing.fixtures")
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,13 @@ def test_only_public_modules_of_ckptkit_are_imported():
             modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             modules += [node.module] if isinstance(node, ast.ImportFrom) else []
             assert {m for m in modules if m.split(".")[0] == "ckptkit"} <= PUBLIC, file
+
+
+def test_the_readme_prints_what_it_says(tmp_path):
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    expected = re.findall(r"^ *print\(.*\)  # (.*)$", code, re.MULTILINE)
+    assert run(f"import os\nos.chdir({str(tmp_path)!r})\n{code}").splitlines() == expected
 
 
 def test_the_versions_agree():

@@ -1,0 +1,109 @@
+"""Values in places that are no directory of this machine: read by key and byte range, many at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+import tensorstore as ts
+
+from ckptkit import errors
+from ckptkit.storage._tensorstore import mapped_tensorstore_errors
+from ckptkit.storage._values import Bytes, Extent, Unread, Value, Values, cut_off
+from ckptkit.storage.zarr_documents import DOCUMENT_NAMES
+
+__all__ = ["RemoteValues", "check_ends", "holds_document", "read_ranges"]
+
+# Values that follow on each other are read together: a request costs a server as much as some hundred KB.
+_READ_NBYTES: Final = 16 << 20
+
+
+class RemoteValues(Values):
+    """The files below a place, whose keys are their paths. How large they are only reading tells."""
+
+    def __init__(self, store: ts.KvStore, url: str) -> None:
+        self._store = store
+        self._url = url
+
+    def entries(self) -> Mapping[bytes, Value]:
+        with mapped_tensorstore_errors(self._url):
+            return {key: Unread(key) for key in sorted(self._store.list().result())}
+
+    def sized(self, values: Sequence[Value | None]) -> Sequence[Value | None]:
+        with mapped_tensorstore_errors(self._url):
+            reads = [self._store.read(value.key) if isinstance(value, Unread) else None for value in values]
+            return [value if read is None else _value(read) for value, read in zip(values, reads, strict=True)]
+
+    def read_into(self, wanted: Iterable[tuple[Value, Bytes]]) -> None:
+        for value, buffer in wanted:
+            assert isinstance(value, bytes)  # `sized` was asked first
+            buffer[:] = np.frombuffer(value, np.uint8, buffer.size)
+
+
+def _value(read: Any) -> bytes | None:
+    """What was read; None where the file is gone since it was listed."""
+    found = read.result()
+    return bytes(found.value) if found.state == "value" else None
+
+
+def holds_document(store: ts.KvStore) -> bool:
+    """Whether there is an array's document anywhere."""
+    names = {name.encode() for name in DOCUMENT_NAMES.values()}
+    return any(key.rpartition(b"/")[2] in names for key in store.list().result())
+
+
+def read_ranges(store: ts.KvStore, url: str, wanted: Iterable[tuple[Extent, Bytes]]) -> None:
+    """Fills each buffer with the first bytes of its extent; raises what `Values.read_into` raises."""
+    places = sorted(((extent, buffer) for extent, buffer in wanted if buffer.size), key=lambda place: place[0][:2])
+    with mapped_tensorstore_errors(url):
+        runs = [(run, _read_run(store, run)) for run in _runs(places)]
+        for run, read in runs:
+            data = read.result()
+            if data.state != "value":
+                raise errors.NotFoundError(f"{url}/{run[0][0].path}: a required file is missing; restore another checkpoint.")
+            start = 0
+            for _, buffer in run:
+                buffer[:] = np.frombuffer(data.value, np.uint8, buffer.size, start)
+                start += buffer.size
+
+
+def check_ends(store: ts.KvStore, url: str, ends: Mapping[str, int]) -> None:
+    """Checks that each file, by its path, has at least so many bytes.
+
+    Raises:
+      errors.NotFoundError: it is missing.
+      errors.CorruptCheckpointError: it is shorter.
+    """
+    reads = [(path, end, store.read(path, byte_range=slice(end - 1, end))) for path, end in ends.items() if end]
+    for path, end, read in reads:
+        with mapped_tensorstore_errors(url):
+            try:
+                found = read.result()
+            except ValueError as error:
+                if str(error).startswith("OUT_OF_RANGE"):
+                    raise cut_off(f"{url}/{path}", None, end) from error
+                raise
+        if found.state != "value":
+            raise errors.NotFoundError(f"{url}/{path}: a required file is missing; restore another checkpoint.")
+
+
+def _read_run(store: ts.KvStore, run: Sequence[tuple[Extent, Bytes]]) -> Any:
+    first, (last, buffer) = run[0][0], run[-1]
+    return store.read(first.path, byte_range=slice(first.offset, last.offset + buffer.size))
+
+
+def _runs(places: Sequence[tuple[Extent, Bytes]]) -> Iterator[list[tuple[Extent, Bytes]]]:
+    """Places that follow on each other in one file, up to the size of one read."""
+    run: list[tuple[Extent, Bytes]] = []
+    end: tuple[str, int] | None = None
+    nbytes = 0
+    for extent, buffer in places:
+        if run and ((extent.path, extent.offset) != end or nbytes + buffer.size > _READ_NBYTES):
+            yield run
+            run, nbytes = [], 0
+        run.append((extent, buffer))
+        nbytes += buffer.size
+        end = extent.path, extent.offset + buffer.size
+    if run:
+        yield run

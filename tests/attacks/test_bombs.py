@@ -1,0 +1,150 @@
+"""A few bytes that stand for gigabytes: what they expand to is known before memory is taken for it."""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import json
+import os
+import shutil
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import tensorstore as ts
+from sandbox import NEEDS_LINUX, open_hostile, read, write
+
+import ckptkit
+from ckptkit import errors
+from ckptkit.index import INDEX_FILE
+from ckptkit.storage._expansion import node_nbytes
+
+pytestmark = NEEDS_LINUX
+
+MIB = 1 << 20
+LITTLE = 64 * MIB  # memory that opening any of these may take
+CELL = 4 * MIB
+
+
+def rewritten(directory, **fields):
+    """Changes fields of the document of array 'a', beside which no index says what they were."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(os.path.join(directory, INDEX_FILE))
+    write(directory, "a/.zarray", json.dumps(json.loads(read(directory, "a/.zarray")) | fields).encode())
+
+
+def packed(compressor, nbytes):
+    """Zeros as TensorStore compresses them."""
+    memory = ts.KvStore.open("memory://", context=ts.Context()).result()
+    fields = {"shape": [nbytes], "chunks": [nbytes], "dtype": "|u1", "compressor": compressor}
+    spec = {"driver": "zarr", "metadata": fields, "store_data_equal_to_fill_value": True}
+    ts.open(spec, kvstore=memory, create=True).result().write(np.zeros(nbytes, np.uint8)).result()
+    return memory.read("0").result().value
+
+
+def streamed(compressor, nbytes):
+    return b"".join([*(compressor.compress(bytes(MIB)) for _ in range(nbytes // MIB)), compressor.flush()])
+
+
+BOMBS = {
+    "zstd": lambda: packed({"id": "zstd"}, 700 * MIB),
+    "blosc": lambda: packed({"id": "blosc"}, 700 * MIB)[: 2 * CELL],
+    "zlib": lambda: streamed(zlib.compressobj(9), 300 * MIB),
+    "bz2": lambda: streamed(bz2.BZ2Compressor(), 300 * MIB),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_chunk_that_holds_more_than_its_cell_takes_no_memory(files, name):
+    rewritten(files, shape=[CELL // 4], chunks=[CELL // 4], compressor={"id": name})
+    write(files, "a/0", BOMBS[name]())
+    outcome = open_hostile(files)
+    assert outcome.kind == "refused", outcome
+    assert "cannot be decoded" in outcome.detail
+    assert outcome.peak_nbytes < LITTLE
+
+
+def test_a_blosc_header_that_asks_for_gigabytes_takes_no_memory(files):
+    rewritten(files, compressor={"id": "blosc"})
+    write(files, "a/0", struct.pack("<BBBBIII", 2, 1, 0, 4, 2**31 - 1, 1 << 18, 4096) + bytes(4080))
+    outcome = open_hostile(files)
+    assert outcome.kind == "refused", outcome
+    assert "more than the 4000 bytes" in outcome.detail
+    assert outcome.peak_nbytes < LITTLE
+
+
+def database_of(directory, value, count):
+    """Puts a database with so many inline values, in one node, in the place of a checkpoint's."""
+    os.unlink(os.path.join(directory, "manifest.ocdbt"))
+    shutil.rmtree(os.path.join(directory, "d"))
+    config = {"max_inline_value_bytes": MIB, "max_decoded_node_bytes": 1 << 31, "manifest_kind": "single"}
+    spec = {"driver": "ocdbt", "base": f"file://{directory}/", "config": config}
+    store = ts.KvStore.open(spec, context=ts.Context()).result()
+    with ts.Transaction() as transaction:
+        writing = store.with_transaction(transaction)
+        for i in range(count):
+            writing.write(f"{i:08}", value).result()
+
+
+def test_a_node_of_a_database_that_expands_to_gigabytes_takes_no_memory(database):
+    database_of(database, bytes(MIB), 400)
+    outcome = open_hostile(database)
+    assert outcome.kind == "refused", outcome
+    assert "stand for" in outcome.detail
+    assert outcome.peak_nbytes < LITTLE
+
+
+def test_what_a_node_decodes_to_is_never_underestimated(database):
+    count = 3000
+    database_of(database, b"x" * 1000, count)
+    nodes = [read(database, f"d/{name}") for name in os.listdir(os.path.join(database, "d"))]
+    assert sum(map(len, nodes)) < 100_000
+    assert count * 1000 < sum(map(node_nbytes, nodes)) < 2 * count * 1000
+
+
+def test_many_nodes_that_expand_a_little_are_refused_together(database, monkeypatch):
+    monkeypatch.setattr("ckptkit.storage._ocdbt_values._MAX_DECODED_NBYTES", 100_000)
+    database_of(database, bytes(10_000), 300)
+    with pytest.raises(errors.CorruptCheckpointError, match="stand for"):
+        ckptkit.restore(database)
+
+
+def test_more_keys_than_their_bytes_can_bear_out_are_refused(database, monkeypatch):
+    monkeypatch.setattr("ckptkit.storage._ocdbt_values._MAX_KEYS", 0)
+    database_of(database, b"", 100_000)
+    with pytest.raises(errors.CorruptCheckpointError, match="100000 keys in"):
+        ckptkit.restore(database)
+
+
+@pytest.mark.parametrize(("name", "nbytes"), [("_METADATA", 1 << 29), ("_METADATA", 1 << 40), ("manifest.ocdbt", 1 << 40)])
+def test_a_file_with_holes_takes_no_more_memory_than_there_is(database, name, nbytes):
+    os.truncate(os.path.join(database, name), nbytes)
+    outcome = open_hostile(database)
+    assert outcome.kind == "refused", outcome
+
+
+def test_an_array_with_holes_for_which_there_is_no_memory_is_refused(files):
+    rewritten(files, shape=[1 << 38], chunks=[1 << 38])
+    os.truncate(os.path.join(files, "a", "0"), 1 << 40)
+    outcome = open_hostile(files)
+    assert outcome.kind == "refused", outcome
+    assert "no memory" in outcome.detail
+
+
+@pytest.mark.parametrize("fill_value", [None, 0])
+def test_an_array_of_more_chunks_than_are_stored_is_refused(files, fill_value):
+    rewritten(files, shape=[1 << 28], chunks=[1], fill_value=fill_value)
+    outcome = open_hostile(files)
+    assert outcome.kind == "refused", outcome
+    assert "has 268435456 chunks" in outcome.detail
+    assert outcome.peak_nbytes < LITTLE
+
+
+def test_an_array_of_fill_values_for_which_there_is_no_memory_is_refused(files):
+    rewritten(files, shape=[1 << 36], chunks=[1 << 20], fill_value=0)
+    edited = json.loads(read(files, "_METADATA")) | {"store_array_data_equal_to_fill_value": False}
+    write(files, "_METADATA", json.dumps(edited).encode())
+    outcome = open_hostile(files)
+    assert outcome.kind == "refused", outcome
+    assert outcome.peak_nbytes < LITTLE

@@ -1,0 +1,141 @@
+"""The suites can fail: for each of their checks something that breaks its promise, and is caught by it."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from fractions import Fraction
+
+import faulty_backends as faulty
+import faulty_handlers
+import pytest
+from faulty_backends import broken
+
+from ckptkit.testing import CheckpointHandlerTests, StorageBackendTests, TypeHandlerTests
+
+BACKENDS = {
+    "test_refuses_with_reasons_and_takes_plain_arrays": broken(refuse=lambda self, arrays: [""] * len(arrays)),
+    "test_arrays_come_back": broken(faulty.DropsAChunk),
+    "test_empty_arrays_are_listed": broken(reader=faulty.ForgetsEmpty),
+    "test_names_are_kept_or_refused": broken(faulty.FollowsNames),
+    "test_names_do_not_run_into_each_other": broken(faulty.Leaks),
+    "test_drawn_names": broken(faulty.Leaks),
+    "test_chunks_in_any_order": broken(faulty.NeedsOrder),
+    "test_data_is_free_when_the_future_is_done": broken(faulty.KeepsReferences),
+    "test_data_is_only_read": broken(faulty.WritesIntoTheData),
+    "test_nothing_is_written_after_abort": broken(faulty.WritesLater),
+    "test_concurrent_writers": faulty.SharesItsState,
+    "test_a_failed_write_is_an_error": broken(faulty.Silent),
+    "test_reads_parts": broken(reader=faulty.FillsTooMuch),
+    "test_concurrent_reads": broken(reader=faulty.OneAtATime),
+    "test_an_unknown_array_is_not_found": broken(reader=faulty.MakesUpArrays),
+    "test_recognises_its_own": broken(recognises=lambda self, location: True),
+    "test_leaves_no_file_open": broken(reader=faulty.LeavesOpen),
+    "test_trees_come_back": broken(reader=faulty.MisShapes),
+    "test_refusals_come_before_any_io": broken(faulty.LikesFewDtypes),
+    "test_partial_restore": broken(reader=faulty.Zeros),
+    "test_damage_is_an_error": broken(reader=faulty.Unchecked),
+    "test_a_cancelled_save": broken(faulty.WritesLater),
+    "test_a_failed_save_leaves_nothing": broken(faulty.Silent),
+    "test_a_fresh_process_restores": faulty.Plain,  # nothing installs it
+    "test_many_arrays_in_proportion": broken(reader=faulty.Quadratic),
+}
+
+
+def arguments(check, registry, new_location, **given):
+    """What a check asks for, as fixtures would give it."""
+    numbers = {"name": "../outside", "names": ("a", "b"), "shapes": ((0,), (2,)), "side": 4, "location": new_location()}
+    everything = {"registry": registry, "new_location": new_location, **numbers, **given}
+    return {name: everything[name] for name in inspect.signature(check).parameters if name in everything}
+
+
+def checks(suite):
+    return {name for name in dir(suite) if name.startswith("test_")}
+
+
+def assert_caught(check, registry, new_location, **given):
+    with pytest.raises((Exception, pytest.fail.Exception)) as caught:
+        check(**arguments(check, registry, new_location, **given))
+    notes = itertools.chain.from_iterable(getattr(e, "__notes__", ()) for e in _all(caught.value))
+    assert any(note.startswith("Broken promise: ") and "Documented at: " in note for note in notes)
+
+
+def _all(error):
+    """An error, and those that a group of them holds."""
+    return [error, *(part for each in getattr(error, "exceptions", ()) for part in _all(each))]
+
+
+def test_every_check_of_backends_has_its_fault():
+    assert BACKENDS.keys() == checks(StorageBackendTests)
+
+
+@pytest.mark.parametrize("check", BACKENDS)
+def test_the_fault_of_a_backend_is_caught(check, registry, new_location):
+    class Suite(StorageBackendTests):
+        many = 1_000
+
+    assert_caught(getattr(Suite(), check), registry, new_location, backend=BACKENDS[check]())
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [broken(faulty.SwapsTwoChunks), broken(reader=faulty.Stale), broken(faulty.WritesLater)],
+    ids=["swaps", "stale", "late"],
+)
+def test_other_faults_are_caught_on_the_way_back(backend, registry, new_location):
+    assert_caught(StorageBackendTests().test_arrays_come_back, registry, new_location, backend=backend())
+
+
+def test_a_future_that_waits_for_commit_is_caught(registry, new_location, monkeypatch):
+    monkeypatch.setattr("ckptkit.testing._backends.TIMEOUT_SECS", 0.1)
+    check = StorageBackendTests().test_data_is_free_when_the_future_is_done
+    assert_caught(check, registry, new_location, backend=broken(faulty.WaitsForCommit)())
+
+
+class TestThePlainOneKeepsEveryPromise(StorageBackendTests):
+    many = 1_000
+    fresh_process = False  # nothing installs it
+
+    @pytest.fixture
+    def backend(self):
+        return faulty.Plain()
+
+
+@pytest.mark.parametrize("check", faulty_handlers.LEAVES)
+def test_the_fault_of_a_type_handler_is_caught(check, registry, new_location):
+    class Suite(TypeHandlerTests):
+        leaf_types = Fraction
+        many = 1_000
+
+        def spoil(self, leaf):
+            leaf.values[...] = 0
+
+    handler, leaf_type, make_leaf = faulty_handlers.LEAVES[check]
+    Suite.leaf_types = leaf_type
+    registry.add_type_handler(handler, leaf_type, override=True)
+    assert_caught(getattr(Suite(), check), registry, new_location, handler=handler, make_leaf=make_leaf, with_handler=registry)
+
+
+def test_every_check_of_type_handlers_has_its_fault():
+    assert faulty_handlers.LEAVES.keys() == checks(TypeHandlerTests)
+
+
+@pytest.mark.parametrize("check", faulty_handlers.HANDLERS)
+def test_the_fault_of_a_handler_is_caught(check, registry, new_location, tmp_path):
+    from ckptkit.testing.handlers import _Case
+
+    class Suite(CheckpointHandlerTests):
+        checksummed = True
+
+        def spoil(self, item):
+            item.clear()
+
+    args_class, handler_class = faulty_handlers.HANDLERS[check]()
+    if check != "test_is_made_by_the_registry":
+        registry.add_args(args_class, handler_class, for_save=True, for_restore=True)
+    case = _Case(handler_class(), lambda seed: ["line", str(seed)], args_class, None, registry, new_location)
+    assert_caught(getattr(Suite(), check), registry, new_location, case=case, tmp_path=tmp_path, given=False)
+
+
+def test_every_check_of_handlers_has_its_fault():
+    assert faulty_handlers.HANDLERS.keys() == checks(CheckpointHandlerTests)

@@ -1,0 +1,165 @@
+"""Faults on demand: builds the shim, starts the server, and says what a directory holds afterwards."""
+
+from __future__ import annotations
+
+import enum
+import fcntl
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+import pytest
+
+import ckptkit
+
+FOLDER = Path(__file__).parent
+
+
+class Action(enum.IntEnum):
+    """What happens at a call; as in shim.c. `value` is an errno, a signal, microseconds, or a flag of the shutdown."""
+
+    COUNT = 0
+    KILL = 1
+    FAIL = 2
+    FAIL_FROM = 3
+    SHORT = 4
+    SHUTDOWN = 5
+    UNSYNCED = 6
+    SIGNAL = 7
+    DELAY = 8
+
+
+@attrs.frozen
+class Fault:
+    """Something that happens at the `at`-th mutating call below a directory.
+
+    Attributes:
+      below: the directory; a prefix of paths.
+      action, value: what happens.
+      at: which call, from 1 on.
+      kinds: the calls that count, separated by blanks; all but flock where empty.
+      log: a file for one line per call.
+    """
+
+    below: str
+    action: Action = Action.COUNT
+    at: int = 0
+    value: int = 0
+    kinds: str = ""
+    log: str = ""
+
+
+def built_shim(directory: Path) -> Path:
+    """The compiled shim; skips the test where there is no C compiler, or nothing to preload into."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("faults are injected with LD_PRELOAD: that needs Linux and a C compiler (cc or gcc)")
+    shim = directory / "shim.so"
+    subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", shim, FOLDER / "shim.c", "-ldl"], check=True, timeout=60)
+    return shim
+
+
+class Server:
+    """The running server; each `run` is one child of it."""
+
+    def __init__(self, shim: Path) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, FOLDER / "server.py"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"LD_PRELOAD": str(shim), "PYTHONPATH": os.pathsep.join(sys.path)},
+            text=True,
+        )
+
+    def run(
+        self, task: str, *, fault: Fault | None = None, umask: int = 0o022, user: int = 0, **arguments: Any
+    ) -> dict[str, Any]:
+        """How the task ended: `status` of the child, and, where it lived, `error` and the `count` of calls."""
+        request = {"task": task, "arguments": arguments, "umask": umask, "user": user}
+        if fault is not None:
+            request["fault"] = attrs.asdict(fault)
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
+        return answer
+
+    def close(self) -> None:
+        """Ends the server."""
+        self._process.communicate(timeout=60)
+
+
+class Disk:
+    """A file system of its own on a loop device, whose power can be cut.
+
+    Args:
+      kind: 'ext4' or 'xfs'.
+      directory: for the image, and the mount point `path`.
+    """
+
+    _SHUTDOWN = 0x8004587D  # FS_IOC_SHUTDOWN
+
+    def __init__(self, kind: str, directory: Path) -> None:
+        if sys.platform != "linux" or os.geteuid() != 0:
+            pytest.skip("cutting the power of a disk needs root on Linux, to mount one")
+        _install(f"mkfs.{kind}", {"ext4": "e2fsprogs", "xfs": "xfsprogs"}[kind])
+        self._image, self.path = directory / "image", directory / "disk"
+        self.path.mkdir()
+        with self._image.open("wb") as image:
+            image.truncate(400 << 20)  # sparse; the least that mkfs.xfs takes is 300 MB
+        self._call(f"mkfs.{kind}", "-q", self._image)
+        try:
+            self._mount()
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"no loop device can be mounted here: {error.stderr}")
+
+    def cut_power(self, *, keep_journal: bool) -> None:
+        """Loses what was not synced; with `keep_journal` that is data alone, since names and sizes had just been logged."""
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.ioctl(descriptor, self._SHUTDOWN, struct.pack("I", 1 if keep_journal else 2))
+        finally:
+            os.close(descriptor)
+
+    def remount(self) -> None:
+        """What a computer finds when it has power again."""
+        self.unmount()
+        self._mount()
+
+    def sync(self) -> None:
+        """All that is there will survive."""
+        self._call("sync", "-f", self.path)
+
+    def unmount(self) -> None:
+        self._call("umount", self.path)
+
+    def _mount(self) -> None:
+        self._call("mount", "-o", "loop", self._image, self.path)
+
+    def _call(self, *command: str | Path) -> None:
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+
+
+def _install(program: str, package: str) -> None:
+    """Skips the test where a program is missing that nothing here may install: only CI, as root, calls apt-get."""
+    if shutil.which(program) is None and "CI" in os.environ and shutil.which("apt-get") and os.geteuid() == 0:
+        command = ["apt-get", "install", "--yes", "--quiet", "-o", "DPkg::Lock::Timeout=60", package]
+        subprocess.run(command, check=False, capture_output=True, timeout=180)
+    if shutil.which(program) is None:
+        pytest.skip(f"{program} is missing; install {package}")
+
+
+def version_at(path: Path) -> int:
+    """The version that the checkpoint at `path` holds, in every leaf of it."""
+    restored = ckptkit.restore(path, devices="numpy")
+    values = {int(value) for leaf in restored.values() for value in (np.min(leaf), np.max(leaf))}
+    assert len(values) == 1, f"{path} is torn: {values}"
+    return values.pop()

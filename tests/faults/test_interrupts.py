@@ -1,0 +1,77 @@
+"""Ctrl-C at every line of a save: no lock stays behind, nobody goes on writing, and one whole checkpoint is there."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pytest
+
+import ckptkit
+
+_FOLDER = os.path.dirname(ckptkit.__file__)
+
+
+def _interrupted_at(line: int, call: Callable[[], object]) -> bool:
+    """Runs a call, with Ctrl-C at the `line`-th line of ckptkit in this thread; False once the call has fewer."""
+    seen = 0
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal seen
+        if not frame.f_code.co_filename.startswith(_FOLDER) or frame.f_code.co_name == "__del__":  # raising there is ignored
+            return None
+        if event == "line":
+            seen += 1
+            if seen == line:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return seen >= line
+
+
+def _wait_for_threads() -> None:
+    deadline = time.monotonic() + 10
+    while any(thread.name.startswith("ckptkit") for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")  # Ctrl-C came before it could be
+@pytest.mark.parametrize("background", [False, True], ids=["blocking", "background"])
+@pytest.mark.parametrize("stride", [23, pytest.param(1, marks=pytest.mark.slow)])
+def test_ctrl_c_at_any_line_leaves_one_whole_checkpoint_and_no_lock(tmp_path: Path, background: bool, stride: int) -> None:
+    path = tmp_path / "c"
+    make = ckptkit.StandardCheckpointer if background else ckptkit.PyTreeCheckpointer
+    make().save(path, {"a": np.zeros(100)})
+    version = 0
+    for line in itertools.count(1, stride):
+        checkpointer = make()
+        tree = {"a": np.full(100, line), "b": np.full(100, line)}
+        more = _interrupted_at(line, lambda: checkpointer.save(path, tree, force=True))  # noqa: B023 - called at once
+        checkpointer.close()
+        _wait_for_threads()
+        found = {float(value) for leaf in ckptkit.restore(path).values() for value in leaf}
+        assert found in ({version}, {line}), line
+        version = found.pop()
+        ckptkit.save(path, {"a": np.full(100, version)}, force=True)  # no lock is held, and what was left is tidied
+        assert os.listdir(tmp_path) == ["c"], line
+        if not more:
+            break
+    assert version > 0
