@@ -18,7 +18,7 @@ __all__ = ["Saving", "checked_futures"]
 _STOP_SECS: Final = 60.0
 """How long writers may take to stop once they are told to."""
 
-_stuck: list[commit.Pending] = []
+_stuck: list[commit.AnyPending] = []
 """Kept, since a lock lasts as long as somebody refers to it."""
 
 
