@@ -29,10 +29,13 @@ class Beginning:
         self._begin = functools.partial(commit.begin, location, force=force, mode=mode)
         self._lock = threading.Lock()
         self._pending: commit.AnyPending | None = None
+        self._abandoned = False
 
     def __call__(self) -> commit.AnyPending:
-        """The save under way; the errors are those of `commit.begin`."""
+        """The save under way; the errors are those of `commit.begin`, and `errors.CheckpointError` where it was given up."""
         with self._lock:
+            if self._abandoned:
+                raise errors.CheckpointError(f"the save to {self.path} was given up.")
             if self._pending is None:
                 self._pending = self._begin()
             return self._pending
@@ -43,7 +46,9 @@ class Beginning:
         return DeferredPath(epath.Path(self.path + commit.TEMPORARY_SUFFIX), self)
 
     def abandon(self) -> None:
-        """Removes what was written, if anything was begun."""
+        """Removes what was written, if anything was begun; nothing can be begun any more."""
+        with self._lock:
+            self._abandoned = True
         if self._pending is not None:
             self._pending.abandon()
 
@@ -126,7 +131,11 @@ class Saving:
         self._start = start
         self._owned = owned
         self._taken = threading.Lock()
-        self._under_way = _lifetime.saving(begin.path)
+        self._under_way = _lifetime.UnderWay(begin.path)
+
+    def begin(self) -> None:
+        """From now on the exit of this process waits for this save, until `finish` or `abandon` has ended."""
+        self._under_way.begin()
 
     def take(self) -> bool:
         """Whether the caller is the one to end this save, with `finish` or `abandon`: the first to ask is."""
