@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ckptkit.checkpoint_utils import PLACEHOLDER as PLACEHOLDER
     from ckptkit.checkpoint_utils import construct_restore_args as construct_restore_args
     from ckptkit.checkpointer import Checkpointer as Checkpointer
+    from ckptkit.commit import clean as clean
     from ckptkit.everyday import PyTreeCheckpointer as PyTreeCheckpointer
     from ckptkit.everyday import StandardCheckpointer as StandardCheckpointer
     from ckptkit.everyday import restore as restore
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from ckptkit.registry import Registry as Registry
     from ckptkit.registry import default_registry as default_registry
     from ckptkit.storage.base import StorageBackend as StorageBackend
+    from ckptkit.verification import verify as verify
 else:
     __getattr__, __dir__, __all__ = lazy_names(
         __name__,
@@ -80,6 +82,7 @@ else:
             "TypeHandler": "ckptkit.leaves.base",
             "args": "ckptkit.args",
             "checkpoint_utils": "ckptkit.checkpoint_utils",
+            "clean": "ckptkit.commit",
             "construct_restore_args": "ckptkit.checkpoint_utils",
             "default_registry": "ckptkit.registry",
             "errors": "ckptkit.errors",
@@ -98,5 +101,6 @@ else:
             "storage": "ckptkit.storage",
             "type_handlers": "ckptkit.type_handlers",
             "utils": "ckptkit.utils",
+            "verify": "ckptkit.verification",
         },
     )

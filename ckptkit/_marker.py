@@ -26,7 +26,7 @@ from typing import Final
 from ckptkit import errors
 from ckptkit.location import Location, MarkerLocation
 
-__all__ = ["COMMIT_FILE", "Pending", "begin", "data_location", "identity", "resolve"]
+__all__ = ["COMMIT_FILE", "Pending", "begin", "data_location", "identity", "is_of_commits", "resolve"]
 
 COMMIT_FILE: Final = "commit_success.txt"
 _WRITER_FILE: Final = "ckptkit_writer.txt"
@@ -78,6 +78,12 @@ def _committed(place: Location) -> bytes | None:
         return place.read_bytes(COMMIT_FILE, limit=_MAX_COMMIT_NBYTES)
     except errors.NotFoundError:
         return None
+
+
+def is_of_commits(path: str) -> bool:
+    """Whether a file, by its path in the place of a checkpoint, is none of that checkpoint's, but of saves' own or another's."""
+    name = path.partition("/")[0]
+    return name in (COMMIT_FILE, _WRITER_FILE) or _DATA.fullmatch(name) is not None
 
 
 def begin(place: MarkerLocation, *, force: bool) -> Pending:
@@ -167,7 +173,7 @@ class Pending:
                 self._place.delete(self._folder)
                 return
             for name in self._place.names():
-                if name not in (COMMIT_FILE, _WRITER_FILE) and not _DATA.fullmatch(name):
+                if not is_of_commits(name):
                     self._place.delete(name)
             self._place.delete(_WRITER_FILE)
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import attrs
 
 from ckptkit import errors
-from ckptkit.options import Casting, Devices, StorageOptions
+from ckptkit._checks import flag, one_of, optional, refuse, sharding, validator
+from ckptkit.leaves.base import RestoreArgs, SaveArgs
+from ckptkit.options import Casting, Devices, OnCorrupt, StorageOptions
 
 if TYPE_CHECKING:
     from ckptkit.handlers.base import CheckpointHandler
@@ -115,28 +118,24 @@ def _no_transforms(_instance: Any, _attribute: attrs.Attribute[Any], value: Any)
         raise errors.ArgsError("PyTreeRestore(transforms=...) is not supported; restore without a target and rearrange the tree.")
 
 
-def _flag(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if not isinstance(value, bool):
-        raise errors.ArgsTypeError(f"{type(instance).__name__}({attribute.name}={value!r}): expected True or False.")
-
-
-def _casting(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if value not in get_args(Casting):
-        raise errors.ArgsError(
-            f"{type(instance).__name__}({attribute.name}={value!r}): expected one of {', '.join(get_args(Casting))}."
-        )
-
-
-def _devices(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if value not in (None, *get_args(Devices)):
-        raise errors.ArgsError(
-            f"{type(instance).__name__}({attribute.name}={value!r}): expected 'local', 'numpy' or None; a Sharding goes into "
-            "fallback_sharding."
-        )
-
-
-def _file_size(_instance: Any, _attribute: attrs.Attribute[Any], value: Any) -> None:
+def _file_size(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
     StorageOptions(target_data_file_size=value)
+
+
+def _save_args(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if value is not None and not isinstance(value, SaveArgs):
+        raise refuse(instance, attribute.name, value, "a SaveArgs or None")
+
+
+def _restore_args(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if value is not None and not isinstance(value, RestoreArgs):
+        raise refuse(instance, attribute.name, value, "a RestoreArgs, an ArrayRestoreArgs or None")
+
+
+_FLAG = validator(flag)
+_CASTING = validator(one_of(get_args(Casting)))
+_DEVICES = validator(optional(one_of(get_args(Devices), " or None; a Sharding goes into fallback_sharding")))
+_ON_CORRUPT = validator(one_of(get_args(OnCorrupt)))
 
 
 def _kind(value: Any) -> str:
@@ -171,14 +170,17 @@ class StandardRestore(CheckpointArgs):
       casting: numpy's word for the casts allowed from the stored dtype to the target's.
       devices: where arrays go for which the target names no sharding: 'local', this process's first device; 'numpy', host memory,
         as np.ndarray; None, where they were saved.
+      on_corrupt: what happens where stored bytes are damaged: 'raise', an error that tells what is whole; 'skip', the leaves
+        concerned are `...` (`ckptkit.PLACEHOLDER`) in the result, and a warning names them.
     """
 
     item: Any = attrs.field(default=None, converter=_tree, repr=_kind)
-    strict: bool = attrs.field(default=True, validator=_flag)
-    support_layout: bool = attrs.field(default=False, validator=_flag)
-    fallback_sharding: Any = None
-    casting: Casting = attrs.field(default="unsafe", validator=_casting)
-    devices: Devices | None = attrs.field(default=None, validator=_devices)
+    strict: bool = attrs.field(default=True, validator=_FLAG)
+    support_layout: bool = attrs.field(default=False, validator=_FLAG)
+    fallback_sharding: Any = attrs.field(default=None, validator=validator(optional(sharding)))
+    casting: Casting = attrs.field(default="unsafe", validator=_CASTING)
+    devices: Devices | None = attrs.field(default=None, validator=_DEVICES)
+    on_corrupt: OnCorrupt = attrs.field(default="raise", validator=_ON_CORRUPT)
 
 
 @attrs.define(eq=False)
@@ -208,13 +210,16 @@ class PyTreeRestore(CheckpointArgs):
       transforms: kept for Orbax's callers; nothing but None or {} is supported.
       partial_restore: leave out what `item` does not have.
       casting: numpy's word for the casts allowed from the stored dtype to the requested one.
+      on_corrupt: what happens where stored bytes are damaged: 'raise', an error that tells what is whole; 'skip', the leaves
+        concerned are `...` (`ckptkit.PLACEHOLDER`) in the result, and a warning names them.
     """
 
     item: Any = attrs.field(default=None, converter=_tree, repr=_kind)
     restore_args: Any = attrs.field(default=None, converter=_tree, repr=_kind)
     transforms: Any = attrs.field(default=None, validator=_no_transforms)
-    partial_restore: bool = attrs.field(default=False, validator=_flag, kw_only=True)
-    casting: Casting = attrs.field(default="unsafe", validator=_casting, kw_only=True)
+    partial_restore: bool = attrs.field(default=False, validator=_FLAG, kw_only=True)
+    casting: Casting = attrs.field(default="unsafe", validator=_CASTING, kw_only=True)
+    on_corrupt: OnCorrupt = attrs.field(default="raise", validator=_ON_CORRUPT, kw_only=True)
 
 
 @attrs.define(eq=False)
@@ -249,7 +254,7 @@ class ArraySave(CheckpointArgs):
     """
 
     item: Any = attrs.field(repr=_kind)
-    save_args: Any = None
+    save_args: Any = attrs.field(default=None, validator=_save_args)
 
 
 @attrs.define(eq=False)
@@ -262,7 +267,7 @@ class ArrayRestore(CheckpointArgs):
     """
 
     item: Any = attrs.field(default=None, repr=_kind)
-    restore_args: Any = None
+    restore_args: Any = attrs.field(default=None, validator=_restore_args)
 
 
 @attrs.define(eq=False)
@@ -275,7 +280,7 @@ class JaxRandomKeySave(CheckpointArgs):
     """
 
     item: Any
-    save_args: Any = None
+    save_args: Any = attrs.field(default=None, validator=_save_args)
 
 
 @attrs.define(eq=False)
@@ -286,7 +291,7 @@ class JaxRandomKeyRestore(CheckpointArgs):
       restore_args: a `RestoreArgs` or `ArrayRestoreArgs` for the key's data; None: as saved.
     """
 
-    restore_args: Any = None
+    restore_args: Any = attrs.field(default=None, validator=_restore_args)
 
 
 @attrs.define(eq=False)
@@ -350,15 +355,15 @@ class Composite(CheckpointArgs, Mapping[str, Any]):
         return f"Composite({', '.join(f'{name}={value!r}' for name, value in self.__items.items())})"
 
 
-def check_item_name(name: str) -> None:
+def check_item_name(name: object) -> None:
     """Refuses the name of an item that is not a plain name of a folder.
 
     Raises:
-      errors.ArgsError: it is empty, begins with '__' or '.', or holds '/' or NUL.
+      errors.ArgsError: it is no str, is empty, begins with '__' or '.', or holds '/' or NUL.
     """
-    if not name or name.startswith(("__", ".")) or any(c in name for c in "/\\\0"):
+    if not isinstance(name, str) or not name or name.startswith(("__", ".")) or any(c in name for c in "/\\\0"):
         raise errors.ArgsError(
-            f"{name!r} cannot name an item of a Composite: expected the plain name of a folder, with no '__' or '.' in front."
+            f"{reprlib.repr(name)} cannot name an item of a Composite; expected a folder's plain name, no '__' or '.' in front."
         )
 
 

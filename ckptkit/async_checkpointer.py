@@ -10,6 +10,7 @@ from typing import Any
 import attrs
 
 from ckptkit import _lifetime, errors
+from ckptkit._checks import given_options
 from ckptkit.checkpointer import Checkpointer, Path
 from ckptkit.handlers.base import CheckpointHandler
 from ckptkit.metadata.step import StepMetadata
@@ -46,7 +47,8 @@ class AsyncCheckpointer(Checkpointer):
             file_options=file_options,
             observers=observers,
         )
-        self._options = async_options or AsyncOptions()
+        self._options = given_options(self, "async_options", async_options, AsyncOptions)
+        self._deferring = self._options.create_directories_asynchronously
         if timeout_secs is not None:
             self._options = attrs.evolve(self._options, timeout_secs=timeout_secs)
         self._thread: threading.Thread | None = None

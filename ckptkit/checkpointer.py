@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 import attrs
 
-from ckptkit import _lifetime, choosing, commit, discovery, errors, reports
-from ckptkit.handlers.base import AsyncCheckpointHandler, CheckpointHandler, run_coroutine
+from ckptkit import _lifetime, choosing, discovery, errors, processes, reports
+from ckptkit._checks import a, given_options, optional
+from ckptkit.file_list import read_file_list
+from ckptkit.handlers.base import AsyncCheckpointHandler, CheckpointHandler, DeferredPathAsyncCheckpointHandler, run_coroutine
 from ckptkit.location import Location
 from ckptkit.metadata.json import checked_custom
 from ckptkit.metadata.step import StepMetadata
 from ckptkit.options import FileOptions, MultiprocessingOptions
 from ckptkit.registry import Registry
-from ckptkit.saving import Saving, checked_futures
+from ckptkit.saving import Beginning, Saving, checked_futures
 
 __all__ = ["Checkpointer", "Path"]
 
@@ -26,6 +28,8 @@ Path = str | os.PathLike[str]
 
 class Checkpointer:
     """Saves and restores checkpoints; each call is complete when it returns. A context manager."""
+
+    _deferring = False  # whether the directory may be made after the handler was called
 
     def __init__(
         self,
@@ -46,17 +50,16 @@ class Checkpointer:
           observers: objects with `ckptkit.hookimpl` methods, told of saves, restores and progress.
 
         Raises:
-          errors.ArgsTypeError: `handler` is not a `CheckpointHandler`.
+          errors.ArgsTypeError: an argument of another type, such as a handler's class in the place of an instance.
           errors.ArgsError: an observer implements no hook.
         """
-        if handler is not None and not isinstance(handler, CheckpointHandler):
-            raise errors.ArgsTypeError(
-                f"handler must be a CheckpointHandler, not {handler!r}; pass an instance of a handler class."
-            )
+        optional(a(CheckpointHandler, "an instance of a CheckpointHandler, or None"))(self, "handler", handler)
+        optional(a(Registry, "a ckptkit.Registry, or None"))(self, "registry", registry)
+        a(Iterable, "objects with ckptkit.hookimpl methods")(self, "observers", observers)
         self._handler = handler
         self._registry = registry
-        self._multiprocessing_options = multiprocessing_options or MultiprocessingOptions()
-        self._file_options = file_options or FileOptions()
+        self._processes = given_options(self, "multiprocessing_options", multiprocessing_options, MultiprocessingOptions)
+        self._file_options = given_options(self, "file_options", file_options, FileOptions)
         self._notifier = discovery.notifier(registry, observers)
         self._closed = False
         discovery.ready(registry)  # now, since importing backends and plugins would otherwise hold up the first save
@@ -87,7 +90,7 @@ class Checkpointer:
 
         Raises:
           errors.ExistsError: the destination exists, and `force` is False.
-          errors.ArgsError: the args do not belong to the handler.
+          errors.ArgsError: the args do not belong to the handler, or `multiprocessing_options` not to this job.
           errors.TreeError: lists every leaf that cannot be saved.
           errors.BusyError: another writer is saving to `directory`.
           errors.StorageError: the disk failed; what was there before is still there.
@@ -112,11 +115,15 @@ class Checkpointer:
         self._check_open()
         start = time.monotonic()
         registry = discovery.ready(self._registry)
-        for attempt in commit.attempts(lambda: choosing.resolved(registry, registry.location(directory))):
+        for attempt in choosing.attempts(registry, directory):
             with attempt as location:
                 tracker = reports.Tracker("restore", location.url, self._notifier.progress)
                 handler = self._handler
                 try:
+                    listed = read_file_list(location)
+                    tracker.verified = listed is not None
+                    if listed is not None:
+                        listed.check(location, choosing.files_asked_for(args, kwargs))
                     handler, restore_args = self._restore_handler(registry, location, args, kwargs)
                     with reports.tracking(tracker):
                         restored = handler.restore(location.path, args=restore_args)
@@ -131,6 +138,7 @@ class Checkpointer:
                 leaf_count=tracker.leaf_count,
                 verified=tracker.verified,
                 total_secs=time.monotonic() - start,
+                corrupt=tuple(tracker.corrupt),
             )
         )
         return restored
@@ -139,13 +147,16 @@ class Checkpointer:
         """What is known of the checkpoint at `directory` without reading its arrays.
 
         Raises:
-          errors.NotFoundError, errors.IncompleteError, errors.FormatError: as `restore`.
+          errors.NotFoundError, errors.IncompleteError, errors.FormatError, errors.CorruptCheckpointError: as `restore`.
         """
         self._check_open()
         registry = discovery.ready(self._registry)
-        for attempt in commit.attempts(lambda: choosing.resolved(registry, registry.location(directory))):
+        for attempt in choosing.attempts(registry, directory):
             with attempt as location:
-                step = choosing.step_metadata(location)
+                listed = read_file_list(location)
+                if listed is not None:
+                    listed.check(location, choosing.is_description)
+                step = attrs.evolve(choosing.step_metadata(location), has_checksums=listed is not None)
                 handler = self._handler or choosing.stored_handler(registry, location, self._registry)
                 try:
                     step = attrs.evolve(step, item_metadata=handler.metadata(location.path))
@@ -183,6 +194,7 @@ class Checkpointer:
     ) -> Saving:
         """Runs the part of a save that the caller waits for in any case."""
         self._check_open()
+        processes.check_takes_part(self._processes)
         start = time.monotonic()
         custom = checked_custom({} if custom_metadata is None else custom_metadata, "custom_metadata")
         registry = discovery.ready(self._registry)
@@ -191,14 +203,15 @@ class Checkpointer:
             item_handlers=handler.item_typestrs(save_args), init_timestamp_nsecs=time.time_ns(), custom_metadata=custom
         )
         location = registry.location(directory)
-        pending = commit.begin(location, force=force, mode=self._file_options.path_permission_mode)
-        ending: commit.AnyPending | Saving = pending  # whoever ends the save if this call does not
+        begin = Beginning(location, force=force, mode=self._file_options.path_permission_mode)
+        ending: Beginning | Saving = begin  # whoever ends the save if this call does not
+        deferred = self._deferring and location.local_path is not None and isinstance(handler, DeferredPathAsyncCheckpointHandler)
         try:
             tracker = reports.Tracker("save", location.url, self._notifier.progress)
-            saving = Saving(pending, handler, step, tracker, self._notifier, start, owned=handler is not self._handler)
+            saving = Saving(begin, handler, step, tracker, self._notifier, start, owned=handler is not self._handler)
             ending = saving
             with reports.tracking(tracker):
-                temporary = pending.temporary.path
+                temporary: Any = begin.later() if deferred else begin().temporary.path
                 if isinstance(handler, AsyncCheckpointHandler):
                     saving.writing = checked_futures(handler, run_coroutine(handler.async_save(temporary, args=save_args)))
                 else:

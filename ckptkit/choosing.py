@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ckptkit import args as args_lib
 from ckptkit import commit, errors
 from ckptkit.handlers._stored import args_for_files, item_folders, recognised
 from ckptkit.handlers.base import CheckpointHandler
+from ckptkit.index import INDEX_FILE
 from ckptkit.location import Location
+from ckptkit.metadata.arrays import ARRAYS_DIRECTORY, STRINGS_FILE
+from ckptkit.metadata.sharding import SHARDING_FILE
 from ckptkit.metadata.step import STEP_FILE, StepMetadata, decode_step
 from ckptkit.metadata.tree import TREE_FILE
 from ckptkit.registry import Registry, Use
 
-__all__ = ["belonging_args", "check_not_composite", "make_handler", "one_args", "step_metadata", "stored_handler"]
+__all__ = [
+    "attempts",
+    "belonging_args",
+    "check_not_composite",
+    "files_asked_for",
+    "is_description",
+    "make_handler",
+    "one_args",
+    "step_metadata",
+    "stored_handler",
+]
 
 
 def one_args(args: tuple[Any, ...], kwargs: dict[str, Any]) -> args_lib.CheckpointArgs | None:
@@ -27,6 +41,23 @@ def one_args(args: tuple[Any, ...], kwargs: dict[str, Any]) -> args_lib.Checkpoi
     if len(args) + len(kwargs) > 1:
         raise errors.ArgsError(f"{type(given[0]).__name__} already says everything; pass nothing beside it, or its fields alone.")
     return given[0]
+
+
+def files_asked_for(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[str], bool]:
+    """Whether a restore with these arguments may read a file, by its path: of a composite, only the items that it names."""
+    given = one_args(args, kwargs)
+    if not isinstance(given, args_lib.Composite) or not given:
+        return lambda path: True
+    return lambda path: "/" not in path or path.partition("/")[0] in given
+
+
+_DESCRIPTIONS = {INDEX_FILE, SHARDING_FILE, STEP_FILE, STRINGS_FILE, TREE_FILE}
+
+
+def is_description(path: str) -> bool:
+    """Whether a file, by its path, says something about a checkpoint or an item, as opposed to being its content."""
+    *folders, name = path.split("/")
+    return name in _DESCRIPTIONS or folders[-1:] == [ARRAYS_DIRECTORY]
 
 
 def belonging_args(
@@ -54,7 +85,12 @@ def make_handler(handler_class: type[CheckpointHandler], registry: Registry | No
     return handler
 
 
-def resolved(registry: Registry, location: Location) -> Location:
+def attempts(registry: Registry, path: str | os.PathLike[str]) -> Iterator[commit.Attempt]:
+    """Attempts at reading the checkpoint at a path: see `commit.attempts`."""
+    return commit.attempts(lambda: _resolved(registry, registry.location(path)))
+
+
+def _resolved(registry: Registry, location: Location) -> Location:
     """Where the checkpoint is to be read: see `commit.resolve`; or a single file that a storage backend recognises."""
     if location.local_path is not None and os.path.isfile(location.local_path) and recognised(registry, location):
         return location
@@ -78,11 +114,11 @@ def stored_handler(registry: Registry, location: Location, own: Registry | None 
     recorded = step_metadata(location).item_handlers
     if isinstance(recorded, str):
         return make_handler(registry.handler_for_typestr(recorded), own)
-    if isinstance(recorded, dict):
+    if recorded:
         return make_handler(registry.handler_for_args(args_lib.Composite, use="restore"), own)
     if (args_class := args_for_files(location, registry)) is not None:
         return make_handler(registry.handler_for_args(args_class, use="restore"), own)
-    if item_folders(location, registry):
+    if recorded is not None or item_folders(location, registry):  # release 0.10.0 recorded an empty object of whatever it saved
         return make_handler(registry.handler_for_args(args_lib.Composite, use="restore"), own)
     listed = ", ".join(sorted(location.names())) or "nothing"
     raise errors.FormatError(
@@ -97,7 +133,7 @@ def check_not_composite(location: Location, restore_args: args_lib.CheckpointArg
       errors.ArgsError: names the items, and how to restore them.
     """
     recorded = step_metadata(location).item_handlers
-    if isinstance(recorded, dict) and not isinstance(restore_args, args_lib.Composite):
+    if recorded and isinstance(recorded, dict) and not isinstance(restore_args, args_lib.Composite):
         raise errors.ArgsError(
             f"{location.url} is a composite of {', '.join(sorted(recorded))}; restore it with "
             f"ckptkit.args.Composite(name={type(restore_args).__name__}(...)), or without args to get every item."

@@ -26,12 +26,26 @@ from typing import Any, Final
 
 from ckptkit import _marker, errors
 from ckptkit._threads import Workers
+from ckptkit.file_list import FILE_LIST
 from ckptkit.location import FileLocation, Location, MarkerLocation, mapped_os_errors
+from ckptkit.metadata.step import STEP_FILE
+from ckptkit.reports import CleanReport
 
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["TEMPORARY_SUFFIX", "AnyPending", "Attempt", "Pending", "attempts", "begin", "identity", "resolve"]
+__all__ = [
+    "TEMPORARY_SUFFIX",
+    "AnyPending",
+    "Attempt",
+    "Pending",
+    "attempts",
+    "begin",
+    "check_free",
+    "clean",
+    "identity",
+    "resolve",
+]
 
 TEMPORARY_SUFFIX = ".orbax-checkpoint-tmp"
 _ASIDE_SUFFIX = f".ckptkit-old{TEMPORARY_SUFFIX}"
@@ -130,6 +144,19 @@ def _neighbours(path: str) -> str:
     return f"{parent} holds {', '.join(names[:20]) or 'nothing'}{' ...' if len(names) > 20 else ''}"
 
 
+def check_free(path: str, *, force: bool) -> None:
+    """Refuses a destination that is taken, or of a name that no checkpoint can have; makes nothing.
+
+    Raises:
+      errors.ExistsError: the destination exists, and `force` is False.
+      errors.ArgsError: the name is one for unfinished saves.
+    """
+    if path.endswith(TEMPORARY_SUFFIX):
+        raise errors.ArgsError(f"{path}: names that end in {TEMPORARY_SUFFIX} are for unfinished saves; choose another.")
+    if not force and (os.path.lexists(path) or os.path.isdir(path + _ASIDE_SUFFIX)):
+        raise _exists(path)
+
+
 def begin(location: Location, *, force: bool, mode: int | None) -> AnyPending:
     """An empty place for a save to `location` to write to. In a directory of this machine it is locked.
 
@@ -154,12 +181,9 @@ def begin(location: Location, *, force: bool, mode: int | None) -> AnyPending:
 
 def _begin(path: str, *, force: bool, mode: int | None) -> Pending:
     """A locked, empty temporary directory; what a killed save left there is removed."""
-    if path.endswith(TEMPORARY_SUFFIX):
-        raise errors.ArgsError(f"{path}: names that end in {TEMPORARY_SUFFIX} are for unfinished saves; choose another.")
+    check_free(path, force=force)
     with mapped_os_errors(path, "prepare the save"):
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        if not force and (os.path.lexists(path) or os.path.isdir(path + _ASIDE_SUFFIX)):
-            raise _exists(path)
         lock = _locked_directory(path + TEMPORARY_SUFFIX, path)
         try:
             _empty(path + TEMPORARY_SUFFIX)
@@ -230,6 +254,59 @@ class Pending:
 AnyPending = Pending | _marker.Pending
 
 
+def clean(root: str | os.PathLike[str], *, dry_run: bool = False) -> CleanReport:
+    """Tidies what killed saves left in the directory `root`, of whatever name; a later save tidies only what has its own.
+
+    A temporary directory that a live writer has locked is left alone, and so is one of another program's, or on a file system
+    without locks. A checkpoint that an interrupted overwrite set aside gets its name back where that is free.
+
+    Args:
+      root: the directory that holds checkpoints.
+      dry_run: only tell what would be done.
+
+    Raises:
+      errors.NotFoundError: there is no such directory.
+      errors.StorageError: something cannot be removed.
+    """
+    report = CleanReport(removed=[], restored=[], kept={})
+    path = os.path.abspath(os.fspath(root))
+    with mapped_os_errors(path, "tidy"):
+        for name in sorted(os.listdir(path)):
+            leftover = os.path.join(path, name)
+            if name.endswith(TEMPORARY_SUFFIX) and os.path.isdir(leftover) and not os.path.islink(leftover):
+                _clean(leftover, report, dry_run=dry_run)
+    return report
+
+
+def _clean(leftover: str, report: CleanReport, *, dry_run: bool) -> None:
+    """Does to one temporary directory what `clean` does, and reports it."""
+    target = leftover.removesuffix(_ASIDE_SUFFIX)
+    lock = _try_lock(leftover, required=True)
+    try:
+        if lock is None or not lock.is_at(leftover):  # it may have been committed or removed since it was listed
+            report.kept[leftover] = "a writer holds it, or the file system has no locks to tell"
+        elif target == leftover and _is_foreign(leftover):
+            report.kept[leftover] = "another program wrote it"
+        elif target == leftover or os.path.lexists(target):
+            report.removed.append(leftover)
+            if not dry_run:
+                _remove(leftover)
+        else:
+            report.restored.append(target)
+            if not dry_run:
+                os.rename(leftover, target)
+                _sync(os.path.dirname(target))
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def _is_foreign(temporary: str) -> bool:
+    """Whether another program, Orbax that is, made a temporary directory: it begins with the file that `Saving` ends with."""
+    names = set(os.listdir(temporary))
+    return STEP_FILE in names and FILE_LIST not in names
+
+
 def _put_back(old: str, path: str, *, exchanged: bool) -> None:
     """Undoes a replacement that is not durable."""
     if exchanged:
@@ -256,16 +333,16 @@ class _Lock:
         self._descriptor = os.open(os.devnull if sys.platform == "win32" else path, os.O_RDONLY)
         _held.add(self)
 
-    def take(self) -> bool:
-        """Whether it is free, and taken now."""
+    def take(self, *, required: bool = False) -> bool:
+        """Whether it is free, and taken now. Where there are no locks it counts as taken, unless one is `required`."""
         if sys.platform == "win32" or self._descriptor is None:
-            return True
+            return not required
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
                 raise
-            return error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+            return error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP) and not required
         return True
 
     def is_at(self, path: str) -> bool:
@@ -302,13 +379,13 @@ def _locked_directory(temporary: str, path: str) -> _Lock:
     raise errors.BusyError(f"{path}: other saves to this path keep coming; let one writer at a time save to it.")
 
 
-def _try_lock(path: str) -> _Lock | None:
-    """The lock of a directory, or of nothing where the directory is gone; None where another holds it."""
+def _try_lock(path: str, *, required: bool = False) -> _Lock | None:
+    """The lock of a directory, or of nothing where the directory is gone; None where another holds it; see `_Lock.take`."""
     try:
         lock = _Lock(path)
     except FileNotFoundError:
         return _Lock(os.devnull)
-    return lock if lock.take() else None
+    return lock if lock.take(required=required) else None
 
 
 def _close_copies() -> None:

@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import inspect
 import logging
+import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +82,7 @@ def _load_plugin(registry: Registry, owner: Owner, import_it: Callable[[], Any])
             return
         host = _host(plugin, str(owner))
         if not inspect.ismodule(plugin) and not _hooks(host):
-            raise errors.PluginError(f"The entry point names {plugin!r}, which is no module and has no hook.{_HOW}")
+            raise errors.PluginError(f"The entry point names {reprlib.repr(plugin)}, which is no module and has no hook.{_HOW}")
         with owned_by(owner):
             host.hook.ckptkit_register(registry=registry)
         registry.plugins.append(Plugin(owner, plugin))
@@ -98,10 +99,10 @@ def _host(plugin: Any, name: str) -> pluggy.PluginManager:
       errors.PluginError: a hook that is unknown, unmarked, or takes arguments that it will not be given.
     """
     if inspect.isclass(plugin):
-        raise errors.PluginError(f"{name}: {plugin!r} is a class; expected an instance: {plugin.__name__}().")
+        raise errors.PluginError(f"{name}: {reprlib.repr(plugin)} is a class; expected an instance: {plugin.__name__}().")
     unmarked = [attribute for attribute in _KNOWN_HOOKS if _is_unmarked(getattr(plugin, attribute, None))]
     if unmarked:
-        raise errors.PluginError(f"{name}: {', '.join(unmarked)} of {plugin!r} is not marked as a hook.{_HOW}")
+        raise errors.PluginError(f"{name}: {', '.join(unmarked)} of {reprlib.repr(plugin)} is not marked as a hook.{_HOW}")
     host = pluggy.PluginManager(hookspecs.PROJECT)
     host.add_hookspecs(hookspecs)
     try:
@@ -187,5 +188,5 @@ def _observer_host(observer: object) -> pluggy.PluginManager:
     except errors.PluginError as error:
         raise errors.ArgsError(str(error)) from error
     if not _hooks(host):
-        raise errors.ArgsError(f"{name}: {observer!r} has no hook.{_HOW}")
+        raise errors.ArgsError(f"{name}: {reprlib.repr(observer)} has no hook.{_HOW}")
     return host

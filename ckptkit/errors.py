@@ -28,7 +28,7 @@ A message says what was found, what was expected, the key path or the file, and 
 from __future__ import annotations
 
 import builtins
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 __all__ = [
     "ArgsError",
@@ -52,6 +52,7 @@ __all__ = [
     "TopologyError",
     "TreeError",
     "UnknownItemError",
+    "first_of",
     "listing",
 ]
 
@@ -115,7 +116,15 @@ class FormatError(CheckpointError, ValueError):
 
 
 class CorruptCheckpointError(CheckpointError, ValueError):
-    """Stored bytes differ from what was written."""
+    """Stored bytes differ from what was written.
+
+    Attributes:
+      corrupt: key paths of the leaves that are not whole, where leaves were being restored.
+      whole: key paths of those that are.
+    """
+
+    corrupt: Sequence[tuple[str, ...]] = ()
+    whole: Sequence[tuple[str, ...]] = ()
 
 
 class StorageError(CheckpointError, OSError):
@@ -140,6 +149,11 @@ class ForkedError(CheckpointError, RuntimeError):
 
 class AsyncSaveError(CheckpointError, RuntimeError):
     """A save in the background failed with an exception that is not a `CheckpointError`; that one is the cause."""
+
+
+def first_of(names: Sequence[object]) -> str:
+    """The first of some names in parentheses, with a space in front; '' for none."""
+    return f" ({', '.join(map(str, names[:3]))}{', ...' if len(names) > 3 else ''})" if names else ""
 
 
 def listing(lines: Iterable[str], limit: int = 50) -> str:

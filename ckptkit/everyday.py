@@ -10,7 +10,7 @@ from ckptkit import errors
 from ckptkit.async_checkpointer import AsyncCheckpointer, SaveHandle
 from ckptkit.checkpointer import Checkpointer, Path
 from ckptkit.handlers import PyTreeCheckpointHandler, StandardCheckpointHandler
-from ckptkit.options import AsyncOptions, Devices, FileOptions, MultiprocessingOptions
+from ckptkit.options import AsyncOptions, Devices, FileOptions, MultiprocessingOptions, OnCorrupt
 from ckptkit.registry import Registry
 
 __all__ = ["PyTreeCheckpointer", "StandardCheckpointer", "restore", "save", "save_async"]
@@ -80,7 +80,7 @@ def save_async(path: Path, tree_or_args: Any, *, storage: str | None = None, for
     return SaveHandle(checkpointer)
 
 
-def restore(path: Path, target_or_args: Any = None, *, devices: Devices | None = None) -> Any:
+def restore(path: Path, target_or_args: Any = None, *, devices: Devices | None = None, on_corrupt: OnCorrupt = "raise") -> Any:
     """What the checkpoint at `path` holds, like a target tree or as a `CheckpointArgs` says where there is one.
 
     Args:
@@ -88,12 +88,15 @@ def restore(path: Path, target_or_args: Any = None, *, devices: Devices | None =
       target_or_args: a target tree, args, or None to restore as saved.
       devices: opens a tree whose devices are not here: 'local' puts arrays on this process's first device, 'numpy' into host
         memory; a target's own shardings come first.
+      on_corrupt: 'skip' restores a tree whose bytes are damaged in part: leaves that are not whole are `...`, with a warning.
     """
     args = () if target_or_args is None else (target_or_args,)
-    if devices is not None and isinstance(target_or_args, args_lib.CheckpointArgs):
-        raise errors.ArgsError(f"devices={devices!r} goes with a tree; StandardRestore(devices=...) says the same.")
-    if devices is not None or (args and not isinstance(target_or_args, args_lib.CheckpointArgs)):
-        args = (args_lib.StandardRestore(target_or_args, devices=devices),)
+    asked = {name: value for name, value in (("devices", devices), ("on_corrupt", on_corrupt)) if value not in (None, "raise")}
+    if asked and isinstance(target_or_args, args_lib.CheckpointArgs):
+        name, value = next(iter(asked.items()))
+        raise errors.ArgsError(f"{name}={value!r} goes with a tree; StandardRestore({name}=...) says the same.")
+    if asked or (args and not isinstance(target_or_args, args_lib.CheckpointArgs)):
+        args = (args_lib.StandardRestore(target_or_args, devices=devices, on_corrupt=on_corrupt),)
     with Checkpointer() as checkpointer:
         return checkpointer.restore(path, *args)
 

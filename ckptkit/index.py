@@ -2,11 +2,13 @@
 
 Checksums are XXH3 with 64 bits (https://github.com/Cyan4973/xxHash), over blocks of 1 MiB of a chunk's bytes as they are
 in memory; the last block of a chunk is what is left. They are written as 16 hexadecimal digits a block, one string a chunk,
-the chunks of an array in C order of its grid. Orbax ignores the file.
+the chunks of an array in C order of its grid. Beside them stands what each array is, so that whatever a store says of it is
+checked too: together they make up for a store without checksums of its own. Orbax ignores the file.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import attrs
@@ -19,7 +21,16 @@ from ckptkit import errors
 from ckptkit.grid import ArraySpec, Index, chunk_count
 from ckptkit.metadata import json
 
-__all__ = ["BLOCK_BYTE_SIZE", "INDEX_FILE", "Checksums", "IndexDocument", "block_checksums", "decode_index", "encode_index"]
+__all__ = [
+    "BLOCK_BYTE_SIZE",
+    "INDEX_FILE",
+    "Checksums",
+    "IndexDocument",
+    "array_text",
+    "block_checksums",
+    "decode_index",
+    "encode_index",
+]
 
 INDEX_FILE = "ckptkit_index.json"
 BLOCK_BYTE_SIZE = 1 << 20
@@ -68,12 +79,25 @@ class IndexDocument:
       typestrs: leaf name -> type string, for leaves whose type handler is not one of Orbax's words.
       providers: type string -> who provides its handler ('distribution version').
       extras: leaf name -> JSON that its type handler wants back.
+      arrays: shape, dtype and grid, as `array_text` has them -> the arrays that are so; empty in indices written before there
+        was such a table.
     """
 
     checksums: dict[str, list[str]]
     typestrs: dict[str, str] = attrs.field(factory=dict)
     providers: dict[str, str] = attrs.field(factory=dict)
     extras: dict[str, Any] = attrs.field(factory=dict)
+    arrays: dict[str, list[str]] = attrs.field(factory=dict)
+    _texts: dict[str, str] | None = attrs.field(default=None, init=False, eq=False)
+
+    def check_array(self, array: ArraySpec) -> str | None:
+        """What is wrong with what a store says an array is, or None."""
+        if not self.arrays:
+            return None
+        if self._texts is None:
+            self._texts = {name: text for text, names in self.arrays.items() for name in names}
+        found, written = array_text(array), self._texts.get(array.name)
+        return None if found == written else f"array {array.name!r} is stored as {found}, but was written as {written}"
 
     def check(self, array: ArraySpec, index: Index, data: npt.NDArray[Any]) -> str | None:
         """What is wrong with the bytes of a chunk, or None."""
@@ -88,6 +112,16 @@ class IndexDocument:
         return f"{len(wrong)} of {len(found) // _DIGITS} blocks differ from their recorded checksum{at}"
 
 
+def array_text(array: ArraySpec) -> str:
+    """Shape, dtype and grid of an array, in words."""
+    return _array_text(array.shape, array.dtype, array.chunk_shape)
+
+
+@functools.lru_cache(maxsize=1024)  # a model has thousands of arrays and dozens of shapes
+def _array_text(shape: tuple[int, ...], dtype: np.dtype[Any], chunk_shape: tuple[int, ...]) -> str:
+    return f"{dtype.name} of shape {shape} in chunks of {chunk_shape}"
+
+
 def encode_index(document: IndexDocument) -> bytes:
     """The file's bytes."""
     return orjson.dumps(
@@ -95,7 +129,7 @@ def encode_index(document: IndexDocument) -> bytes:
             "version": _VERSION,
             "algorithm": "xxh3_64",
             "block_byte_size": BLOCK_BYTE_SIZE,
-            **attrs.asdict(document, recurse=False),
+            **{name: getattr(document, name) for name in _TABLES},
         }
     )
 
@@ -114,10 +148,9 @@ def decode_index(data: bytes, where: str) -> IndexDocument:
         )
     if (document.get("algorithm"), document.get("block_byte_size")) != ("xxh3_64", BLOCK_BYTE_SIZE):
         raise errors.FormatError(f"{where}: unknown checksum algorithm {document.get('algorithm')!r}.")
-    tables = {field.name: document.get(field.name, {}) for field in attrs.fields(IndexDocument)}
-    checks = {"checksums": _is_texts, "typestrs": _is_text, "providers": _is_text, "extras": _is_object}
+    tables = {name: document.get(name, {}) for name in _TABLES}
     for name, table in tables.items():
-        if not isinstance(table, dict) or not all(map(checks[name], table.values())):
+        if not isinstance(table, dict) or not all(map(_TABLES[name], table.values())):
             raise errors.FormatError(f"{where}: {name!r} does not hold what an index holds; the file is damaged.")
     return IndexDocument(**tables)
 
@@ -132,6 +165,9 @@ def _is_texts(value: object) -> bool:
 
 def _is_object(value: object) -> bool:
     return isinstance(value, dict)
+
+
+_TABLES = {"checksums": _is_texts, "typestrs": _is_text, "providers": _is_text, "extras": _is_object, "arrays": _is_texts}
 
 
 def _position(array: ArraySpec, index: Index) -> int:

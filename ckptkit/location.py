@@ -10,17 +10,21 @@ from __future__ import annotations
 import abc
 import contextlib
 import errno
+import io
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
-from typing import Any
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, Final
 
 from etils import epath
 
 from ckptkit import errors
 
 __all__ = ["FileLocation", "Location", "LocationPath", "MarkerLocation", "checked_parts", "mapped_os_errors"]
+
+_BLOCK_BYTE_SIZE: Final = 1 << 20
 
 
 class Location(abc.ABC):
@@ -82,6 +86,27 @@ class Location(abc.ABC):
         Raises:
           errors.StorageError: the system or the store refused.
         """
+
+    def files(self, without: Collection[str] = ()) -> list[str]:
+        """The paths of all files below the directory, except those in the directories `without`, by their paths."""
+        found = []
+        pending: list[tuple[str, Location]] = [("", self)]
+        while pending:
+            prefix, location = pending.pop()
+            for name, is_directory in location.names().items():
+                if not is_directory:
+                    found.append(prefix + name)
+                elif prefix + name not in without:
+                    pending.append((f"{prefix}{name}/", location.child(name)))
+        return sorted(found)
+
+    def blocks(self, name: str) -> Iterator[bytes | memoryview]:
+        """The bytes of the file `name`, however large it is, part by part; a part is gone when the next is asked for.
+
+        Raises:
+          errors.NotFoundError: there is none.
+        """
+        yield self.read_bytes(name, limit=sys.maxsize)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url!r})"
@@ -258,13 +283,9 @@ class FileLocation(Location):
         return epath.Path(self._path)
 
     def read_bytes(self, name: str, limit: int = 1 << 30) -> bytes:
-        path = self._inside(name)
-        with mapped_os_errors(path, "read"), open(path, "rb", buffering=0, opener=_open_without_waiting) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise errors.FormatError(f"{path}: expected a regular file, found another kind; restore another checkpoint.")
-            if status.st_size > limit:
-                raise errors.FormatError(f"{path}: larger than {limit} bytes, more than a file of this kind ever is.")
+        with self._opened(name) as file:
+            if os.fstat(file.fileno()).st_size > limit:
+                raise errors.FormatError(f"{file.name}: larger than {limit} bytes, more than a file of this kind ever is.")
             return file.read()
 
     def write_bytes(self, name: str, data: bytes) -> None:
@@ -294,6 +315,29 @@ class FileLocation(Location):
             else:
                 os.unlink(path)
 
+    def files(self, without: Collection[str] = ()) -> list[str]:
+        found = []
+        with mapped_os_errors(self._path, "list"):
+            for directory, folders, names in os.walk(self._path, onerror=_raise):  # links to directories are not followed
+                prefix = "" if directory == self._path else f"{os.path.relpath(directory, self._path)}/".replace(os.sep, "/")
+                folders[:] = [folder for folder in folders if prefix + folder not in without]
+                found += [prefix + name for name in names]
+        return sorted(found)
+
+    def blocks(self, name: str) -> Iterator[memoryview]:
+        buffer = memoryview(bytearray(_BLOCK_BYTE_SIZE))
+        with self._opened(name) as file:
+            while count := file.readinto(buffer):
+                yield buffer[:count]
+
+    @contextlib.contextmanager
+    def _opened(self, name: str) -> Iterator[io.FileIO]:
+        path = self._inside(name)
+        with mapped_os_errors(path, "read"), open(path, "rb", buffering=0, opener=_open_without_waiting) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise errors.FormatError(f"{path}: expected a regular file, found another kind; restore another checkpoint.")
+            yield file
+
     def _inside(self, name: str) -> str:
         """The path of `name`, which must lie below this directory, links resolved: a stranger may have made both."""
         try:
@@ -306,6 +350,10 @@ class FileLocation(Location):
             if os.path.islink(path) and not os.path.realpath(path).startswith(os.path.join(os.path.realpath(self._path), "")):
                 raise errors.FormatError(f"{path}: the link leads out of {self._path}; copy what it leads to in its place.")
         return path
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _open_without_waiting(path: str, flags: int) -> int:

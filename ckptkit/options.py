@@ -3,29 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import attrs
 
 from ckptkit import errors
+from ckptkit._checks import (
+    flag,
+    function,
+    one_of,
+    optional,
+    positive,
+    refuse,
+    sharding,
+    text,
+    validator,
+    whole_number,
+    whole_numbers,
+)
 
-__all__ = ["AsyncOptions", "FileOptions", "MultiprocessingOptions", "PyTreeMetadataOptions", "RestoreDefaults", "StorageOptions"]
+__all__ = [
+    "AsyncOptions",
+    "FileOptions",
+    "MultiprocessingOptions",
+    "PyTreeMetadataOptions",
+    "RestoreDefaults",
+    "StorageOptions",
+]
 
 MAX_CHUNK_BYTE_SIZE = 32 << 20
 """Chunks are no larger than this unless `SaveArgs.chunk_byte_size` says otherwise: reading, checksumming and transfer overlap."""
 
 Devices = Literal["local", "numpy"]
 Casting = Literal["no", "equiv", "safe", "same_kind", "unsafe"]
+OnCorrupt = Literal["raise", "skip"]
 
 
-def _positive(instance: Any, attribute: attrs.Attribute[Any], value: float | None) -> None:
-    if value is not None and not value > 0:
-        raise errors.ArgsError(f"{type(instance).__name__}({attribute.name}={value!r}): expected a number above 0.")
+def _processes(values: Any) -> frozenset[int] | None:
+    if values is None:
+        return None
+    return frozenset(
+        whole_numbers("MultiprocessingOptions", "active_processes", values, "a set of indices of processes, or None")
+    )
 
 
-def _permission_bits(instance: Any, attribute: attrs.Attribute[Any], value: int | None) -> None:
-    if value is not None and not 0 <= value <= 0o7777:
-        raise errors.ArgsError(f"{type(instance).__name__}({attribute.name}={value!r}): expected permission bits such as 0o750.")
+def _some_processes(options: MultiprocessingOptions, attribute: attrs.Attribute[Any], value: frozenset[int] | None) -> None:
+    if value is None:
+        return
+    if not value or min(value) < 0:
+        raise refuse(options, attribute.name, set(value), "indices of processes, at least one", errors.ArgsError)
+    if options.primary_host is not None and options.primary_host not in value:
+        raise errors.ArgsError(
+            f"MultiprocessingOptions(primary_host={options.primary_host}, active_processes={set(value)}): the primary process "
+            "must be one of those that take part; pass primary_host too."
+        )
 
 
 @attrs.frozen(kw_only=True)
@@ -36,11 +67,14 @@ class AsyncOptions:
       timeout_secs: how long one save may take, in seconds, before waiting for it raises `errors.TimeoutError`.
       barrier_sync_fn: unused in a single process; kept so that code written for Orbax runs.
       post_finalization_callback: called with no arguments in the background after each commit.
+      create_directories_asynchronously: the directory is made in the background, for handlers that take one that is not there
+        yet; what goes wrong with it (another writer, no permission) is then an error of the background too.
     """
 
-    timeout_secs: float = attrs.field(default=1200, validator=_positive)
-    barrier_sync_fn: Callable[..., Any] | None = None
-    post_finalization_callback: Callable[[], None] | None = None
+    timeout_secs: float = attrs.field(default=1200, validator=validator(positive))
+    barrier_sync_fn: Callable[..., Any] | None = attrs.field(default=None, validator=validator(optional(function)))
+    post_finalization_callback: Callable[[], None] | None = attrs.field(default=None, validator=validator(optional(function)))
+    create_directories_asynchronously: bool = attrs.field(default=True, validator=validator(flag))
 
 
 @attrs.frozen(kw_only=True)
@@ -48,14 +82,16 @@ class MultiprocessingOptions:
     """Which processes of the job take part in a save.
 
     Attributes:
-      primary_host: index of the process that writes metadata and commits.
-      active_processes: indices of the processes that take part; None means all.
-      barrier_sync_key_prefix: put before the names of barriers.
+      primary_host: index of the process that writes metadata and commits; None where every process saves to a disk of its own.
+      active_processes: indices of the processes that take part, the primary one among them; None means all.
+      barrier_sync_key_prefix: put before the names of barriers, of which one process needs none.
     """
 
-    primary_host: int | None = 0
-    active_processes: set[int] | None = None
-    barrier_sync_key_prefix: str | None = None
+    primary_host: int | None = attrs.field(
+        default=0, validator=validator(optional(whole_number("the index of a process, or None", 0)))
+    )
+    active_processes: frozenset[int] | None = attrs.field(default=None, converter=_processes, validator=_some_processes)
+    barrier_sync_key_prefix: str | None = attrs.field(default=None, validator=validator(optional(text)))
 
 
 @attrs.frozen(kw_only=True)
@@ -66,7 +102,9 @@ class FileOptions:
       path_permission_mode: permission bits of the checkpoint's directories, such as 0o750; None leaves it to the umask.
     """
 
-    path_permission_mode: int | None = attrs.field(default=None, validator=_permission_bits)
+    path_permission_mode: int | None = attrs.field(
+        default=None, validator=validator(optional(whole_number("permission bits such as 0o750", 0, 0o7777)))
+    )
 
 
 @attrs.frozen(kw_only=True)
@@ -78,7 +116,7 @@ class PyTreeMetadataOptions:
         named tuple as one of a class made for it. False makes them lists and dicts.
     """
 
-    support_rich_types: bool = False
+    support_rich_types: bool = attrs.field(default=False, validator=validator(flag))
 
 
 @attrs.frozen(kw_only=True)
@@ -88,12 +126,19 @@ class StorageOptions:
     Attributes:
       use_zarr3: write zarr version 3 documents instead of version 2.
       compression: how chunks are compressed; None to store them as they are in memory.
+      zarr3_crc32c: add zarr's own checksum to every chunk of version 3, which TensorStore, and so Orbax, verifies as well.
       target_data_file_size: bytes after which a backend that packs values into files starts the next; None is its own default.
     """
 
-    use_zarr3: bool = False
-    compression: Literal["zstd"] | None = attrs.field(default=None, validator=attrs.validators.in_((None, "zstd")))
-    target_data_file_size: int | None = attrs.field(default=None, validator=_positive)
+    use_zarr3: bool = attrs.field(default=False, validator=validator(flag))
+    compression: Literal["zstd"] | None = attrs.field(default=None, validator=validator(optional(one_of(["zstd"], " or None"))))
+    zarr3_crc32c: bool = attrs.field(default=False, validator=validator(flag))
+    target_data_file_size: int | None = attrs.field(default=None, validator=validator(optional(whole_number("bytes above 0", 1))))
+
+    @zarr3_crc32c.validator
+    def _check_version(self, attribute: attrs.Attribute[Any], value: bool) -> None:  # noqa: FBT001 - attrs passes it so
+        if value and not self.use_zarr3:
+            raise errors.ArgsError("zarr3_crc32c=True needs use_zarr3=True: chunks of zarr version 2 have no checksums.")
 
 
 @attrs.frozen(kw_only=True)
@@ -107,12 +152,12 @@ class RestoreDefaults:
       support_layout: honour the memory layout of a target that carries a `jax.experimental.layout.Format`.
       devices: where jax.Arrays go for which the target names no sharding: 'local', this process's first device; 'numpy', host
         memory, as np.ndarray; None, where they were saved.
+      on_corrupt: what happens where stored bytes are damaged: 'raise', an error; 'skip', those leaves are `...`, with a warning.
     """
 
-    strict: bool = True
-    fallback_sharding: Any = None
-    casting: Casting = attrs.field(
-        default="unsafe", validator=attrs.validators.in_(("no", "equiv", "safe", "same_kind", "unsafe"))
-    )
-    support_layout: bool = False
-    devices: Devices | None = None
+    strict: bool = attrs.field(default=True, validator=validator(flag))
+    fallback_sharding: Any = attrs.field(default=None, validator=validator(optional(sharding)))
+    casting: Casting = attrs.field(default="unsafe", validator=validator(one_of(get_args(Casting))))
+    support_layout: bool = attrs.field(default=False, validator=validator(flag))
+    devices: Devices | None = attrs.field(default=None, validator=validator(optional(one_of(get_args(Devices), " or None"))))
+    on_corrupt: OnCorrupt = attrs.field(default="raise", validator=validator(one_of(get_args(OnCorrupt))))

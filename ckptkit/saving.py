@@ -2,23 +2,88 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from concurrent import futures
 from typing import Any, Final
 
 import attrs
+from etils import epath
 
 from ckptkit import _lifetime, commit, discovery, errors, reports
+from ckptkit.file_list import write_file_list
 from ckptkit.handlers.base import CheckpointHandler
+from ckptkit.location import Location
 from ckptkit.metadata.step import STEP_FILE, StepMetadata, encode_step
 
-__all__ = ["Saving", "checked_futures"]
+__all__ = ["Beginning", "DeferredPath", "Saving", "checked_futures"]
+
+
+class Beginning:
+    """What a save writes into, begun when it is first needed, by whichever thread needs it."""
+
+    def __init__(self, location: Location, *, force: bool, mode: int | None) -> None:
+        self.path = location.url
+        self._force = force
+        self._begin = functools.partial(commit.begin, location, force=force, mode=mode)
+        self._lock = threading.Lock()
+        self._pending: commit.AnyPending | None = None
+
+    def __call__(self) -> commit.AnyPending:
+        """The save under way; the errors are those of `commit.begin`."""
+        with self._lock:
+            if self._pending is None:
+                self._pending = self._begin()
+            return self._pending
+
+    def later(self) -> DeferredPath:
+        """The temporary directory of a save to a local one, not made yet; the errors are those of `commit.check_free`."""
+        commit.check_free(self.path, force=self._force)
+        return DeferredPath(epath.Path(self.path + commit.TEMPORARY_SUFFIX), self)
+
+    def abandon(self) -> None:
+        """Removes what was written, if anything was begun."""
+        if self._pending is not None:
+            self._pending.abandon()
+
+
+class DeferredPath:
+    """A `PathAwaitingCreation` in the temporary directory of a save.
+
+    A handler that knows only of paths can use it as one: that makes the directory.
+    """
+
+    def __init__(self, path: epath.Path, begin: Beginning) -> None:
+        self._path = path
+        self._begin = begin
+
+    @property
+    def path(self) -> epath.Path:
+        return self._path
+
+    def __truediv__(self, name: str) -> DeferredPath:
+        return DeferredPath(self._path / name, self._begin)
+
+    async def await_creation(self) -> epath.Path:
+        self._begin()
+        return self._path
+
+    def __fspath__(self) -> str:
+        self._begin()
+        return str(self._path)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        self._begin()
+        return getattr(self._path, name)
+
 
 _STOP_SECS: Final = 60.0
 """How long writers may take to stop once they are told to."""
 
-_stuck: list[commit.Pending] = []
+_stuck: list[Beginning] = []
 """Kept, since a lock lasts as long as somebody refers to it."""
 
 
@@ -41,7 +106,7 @@ class Saving:
 
     def __init__(
         self,
-        pending: commit.AnyPending,
+        begin: Beginning,
         handler: CheckpointHandler,
         step: StepMetadata,
         tracker: reports.Tracker,
@@ -52,8 +117,8 @@ class Saving:
     ) -> None:
         self.writing: list[futures.Future[Any]] = []
         self.blocking_secs = 0.0
-        self.path = pending.path
-        self._pending = pending
+        self.path = begin.path
+        self._begin = begin
         self._handler = handler
         self._step = step
         self._tracker = tracker
@@ -61,7 +126,7 @@ class Saving:
         self._start = start
         self._owned = owned
         self._taken = threading.Lock()
-        self._under_way = _lifetime.saving(pending.path)
+        self._under_way = _lifetime.saving(begin.path)
 
     def take(self) -> bool:
         """Whether the caller is the one to end this save, with `finish` or `abandon`: the first to ask is."""
@@ -72,11 +137,15 @@ class Saving:
         try:
             for future in self.writing:
                 future.result()
-            temporary = self._pending.temporary
+            pending = self._begin()  # where the handler wrote nothing, there is still a checkpoint
+            temporary = pending.temporary
             self._handler.finalize(temporary.path)
             step = attrs.evolve(self._step, commit_timestamp_nsecs=time.time_ns())
-            temporary.write_bytes(STEP_FILE, encode_step(step))
-            self._pending.commit()
+            described = encode_step(step)
+            # The list before `_CHECKPOINT_METADATA`, which Orbax writes first: `commit.clean` tells the two's leftovers apart.
+            write_file_list(temporary, self._tracker.covered, {STEP_FILE: described})
+            temporary.write_bytes(STEP_FILE, described)
+            pending.commit()
         except BaseException:
             self.abandon()
             raise
@@ -101,9 +170,9 @@ class Saving:
             future.cancel()
         try:
             if futures.wait(self.writing, _STOP_SECS).not_done:
-                _stuck.append(self._pending)
+                _stuck.append(self._begin)
             else:
-                self._pending.abandon()
+                self._begin.abandon()
         finally:
             self._close()
             self._tracker.finish()

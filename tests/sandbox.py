@@ -24,6 +24,7 @@ import pytest
 
 import ckptkit
 from ckptkit import errors
+from ckptkit.file_list import FILE_LIST
 from ckptkit.handlers import PyTreeCheckpointHandler  # noqa: F401 - what the children use is imported before they are forked
 from ckptkit.storage import ocdbt, zarr  # noqa: F401 - the same
 from ckptkit.testing import assert_same
@@ -77,6 +78,12 @@ def read(directory: str, file: str) -> bytes:
 def write(directory: str, file: str, data: bytes) -> None:
     with open(os.path.join(directory, file), "wb") as opened:
         opened.write(data)
+
+
+def unlisted(checkpoint: Any) -> str:
+    """The checkpoint without its list of files, as a stranger may make it, so that what is changed in it reaches its parser."""
+    os.unlink(os.path.join(checkpoint, FILE_LIST))
+    return os.fspath(checkpoint)
 
 
 def open_hostile(path: Any) -> Outcome:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import attrs
+import jax
 import numpy as np
 import pytest
 
@@ -134,7 +135,8 @@ def test_long_names_are_the_same_classes():
 
 def test_positions_are_orbaxs():
     assert args.StandardSave(1, 2, 3).custom_metadata == 3
-    assert args.StandardRestore(TREE, False, True, "sharding").fallback_sharding == "sharding"
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    assert args.StandardRestore(TREE, False, True, sharding).fallback_sharding is sharding
     assert args.PyTreeSave(1, 2, 4096, 3).ocdbt_target_data_file_size == 4096
     assert args.PyTreeRestore(TREE, {"a": None}, {}).restore_args == {"a": None}
 

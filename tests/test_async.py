@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 import textwrap
@@ -15,9 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 import ckptkit
 from ckptkit import args, errors, saving
+from ckptkit.handlers import PathAwaitingCreation
 from ckptkit.testing import assert_same
 
 SIZE = 1 << 22
@@ -119,11 +122,87 @@ def test_saves_work_inside_a_running_event_loop(tmp_path: Path) -> None:
 
 
 def test_two_writers_on_one_path_one_wins_and_the_other_is_told(tmp_path: Path) -> None:
-    with ckptkit.StandardCheckpointer() as first, ckptkit.StandardCheckpointer() as second:
-        first.save(tmp_path / "c", {"a": np.ones(1 << 24)})
-        with pytest.raises((errors.BusyError, errors.ExistsError)):
-            second.save(tmp_path / "c", {"a": np.zeros(2)})
-    np.testing.assert_array_equal(ckptkit.restore(tmp_path / "c")["a"], np.ones(1 << 24))
+    told = []
+    for checkpointer, value in ((ckptkit.StandardCheckpointer(), 1.0), (ckptkit.StandardCheckpointer(), 2.0)):
+        checkpointer.save(tmp_path / "c", {"a": np.full(1 << 24, value)})
+        told.append((checkpointer, value))
+    winners = []
+    for checkpointer, value in told:
+        try:
+            checkpointer.close()
+        except (errors.BusyError, errors.ExistsError):
+            continue
+        winners.append(value)
+    np.testing.assert_array_equal(ckptkit.restore(tmp_path / "c")["a"], np.full(1 << 24, *winners))
+
+
+class _Awaited:
+    """A directory that is made when the test says so."""
+
+    def __init__(self, path: epath.Path, now: threading.Event) -> None:
+        self.path = path
+        self._now = now
+
+    def __truediv__(self, name: str) -> _Awaited:
+        return _Awaited(self.path / name, self._now)
+
+    async def await_creation(self) -> epath.Path:
+        assert self._now.wait(60)
+        self.path.mkdir()
+        return self.path
+
+
+@pytest.mark.parametrize("kind", ["Standard", "PyTree"])
+def test_a_handler_does_not_wait_for_a_directory_that_is_still_being_created(tmp_path: Path, kind: str) -> None:
+    handler = getattr(ckptkit, f"{kind}CheckpointHandler")()
+    directory, now, value = epath.Path(tmp_path / "c"), threading.Event(), np.ones(3)
+    writing = asyncio.run(handler.async_save(_Awaited(directory, now), args=getattr(args, f"{kind}Save")({"a": value})))
+    value[:] = 2  # the caller has been let go, though nothing is there yet
+    assert not directory.exists()
+    now.set()
+    for future in writing:
+        future.result(60)
+    assert_same(handler.restore(directory, args=getattr(args, f"{kind}Restore")()), {"a": np.ones(3)})
+
+
+def _is_there(directory: Any) -> bool:
+    return os.path.exists(str(directory.path if isinstance(directory, PathAwaitingCreation) else directory))
+
+
+class _Looking(ckptkit.StandardCheckpointHandler):
+    """Notes what it is given to save into, and uses it as a path where it is told to."""
+
+    def __init__(self, *, use: bool = False) -> None:
+        super().__init__()
+        self.use = use
+        self.found: list[bool] = []
+
+    async def async_save(self, directory: Any, item: Any = None, save_args: Any = None, args: Any = None) -> Any:
+        if self.use:
+            (directory / "note").write_text("x")
+        self.found.append(_is_there(directory))
+        return await super().async_save(directory, args=args)
+
+
+@pytest.mark.parametrize(("asynchronously", "use", "there"), [(True, False, False), (True, True, True), (False, False, True)])
+def test_the_directory_is_made_in_the_background_unless_it_is_used_or_told_otherwise(
+    tmp_path: Path, asynchronously: bool, use: bool, there: bool
+) -> None:
+    handler = _Looking(use=use)
+    options = ckptkit.AsyncOptions(create_directories_asynchronously=asynchronously)
+    with ckptkit.AsyncCheckpointer(handler, async_options=options) as checkpointer:
+        checkpointer.save(tmp_path / "c", args=args.StandardSave({"a": 1}))
+        assert checkpointer.restore(tmp_path / "c", args=args.StandardRestore()) == {"a": 1}
+    assert handler.found == [there]
+    assert (tmp_path / "c" / "note").exists() is use
+
+
+def test_a_directory_that_cannot_be_made_is_told_by_the_background(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    checkpointer = ckptkit.StandardCheckpointer()
+    checkpointer.save(tmp_path / "file" / "c", {"a": 1})
+    with pytest.raises(OSError, match="prepare the save"):
+        checkpointer.close()
 
 
 def _run(code: str, *argv: object) -> subprocess.CompletedProcess[str]:

@@ -15,6 +15,7 @@ from etils import epath
 
 import ckptkit
 from ckptkit import args, errors
+from ckptkit.file_list import FILE_LIST
 from ckptkit.testing import abstract, assert_same
 
 TREE = {"w": np.arange(6.0).reshape(2, 3), "step": 7}
@@ -167,10 +168,13 @@ def test_a_missing_required_file_is_named(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "_sharding", "array_metadatas/process_0", "ckptkit_index.json"])
-def test_a_missing_optional_file_is_no_error(tmp_path: Path, name: str) -> None:
+def test_a_missing_optional_file_is_no_error_where_nothing_lists_it(tmp_path: Path, name: str) -> None:
     tree = {"w": jnp.arange(4.0)}
     ckptkit.save(tmp_path / "c", tree)
     (tmp_path / "c" / name).unlink()
+    with pytest.raises(errors.NotFoundError, match=f"1 of 6 files are missing:\n  {name}: missing"):
+        ckptkit.restore(tmp_path / "c")
+    (tmp_path / "c" / FILE_LIST).unlink()
     assert_same(ckptkit.restore(tmp_path / "c"), tree)
 
 
@@ -273,6 +277,7 @@ def test_a_dtype_to_save_in_that_is_none_is_refused() -> None:
 def _with_devices_of_another_machine(path: Path) -> None:
     file = path / "_sharding"
     file.write_text(file.read_text().replace("cpu:0", "tpu:42"))
+    (path / FILE_LIST).unlink()
 
 
 def test_absent_devices_are_an_error_that_names_the_way_out(tmp_path: Path) -> None:
@@ -429,5 +434,5 @@ def test_one_word_opens_a_checkpoint_on_whatever_devices_are_here(tmp_path: Path
     assert_same(ckptkit.restore(tmp_path / "c", devices="numpy"), host)
     target = {**tree, "a": jax.ShapeDtypeStruct((4,), np.float16)}
     assert_same(ckptkit.restore(tmp_path / "c", target, devices="numpy"), {**tree, "a": np.arange(4, dtype=np.float16)})
-    with pytest.raises(errors.ArgsError, match="'local', 'numpy' or None"):
+    with pytest.raises(errors.ArgsError, match="one of local, numpy or None"):
         ckptkit.restore(tmp_path / "c", devices="gpu")

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import orbax.checkpoint as ocp
 import pytest
 from differential import cases
-from differential.differences import DIFFERENCES
-from differential.outcomes import Outcome, by_path, gaps, outcome
-from hypothesis import HealthCheck, given, note, settings
+from differential.comparisons import Comparison, OneArray, Restore, RestoreLeaves, Save
+from differential.differences import DIFFERENCES, Difference
+from differential.outcomes import Gap
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-import ckptkit
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # Orbax warns of much, and its threads outlive saves that it refuses
 ]
-_numbers = itertools.count()
 
 
 @pytest.fixture(autouse=True)
@@ -39,122 +35,71 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     logging.disable(logging.NOTSET)
 
 
-def _check(ours: Outcome, theirs: Outcome, asked: Any) -> None:
-    """Every gap between the outcomes is in the list of differences."""
-    note(f"ckptkit: {ours}\nOrbax: {theirs}")
-    leaves = by_path(asked)
-    found = list(gaps(ours, theirs))
-    unlisted = [gap for gap in found if not any(each.covers(gap, leaves.get(gap.path)) for each in DIFFERENCES)]
-    assert not unlisted, unlisted
+def _unlisted(found: Iterable[tuple[Gap, Any]]) -> list[Gap]:
+    """The gaps that are not in the list of differences."""
+    return [gap for gap, leaf in found if not any(each.covers(gap, leaf) for each in DIFFERENCES)]
 
 
-def _handler(library: Any, name: str, **options: Any) -> Any:
-    return library.Checkpointer(getattr(library, f"{name}CheckpointHandler")(**options))
+@st.composite
+def _saves(draw: Any) -> Save:
+    handler, tree = draw(st.sampled_from(["Standard", "PyTree"])), draw(cases.saved_trees)
+    options = {"use_ocdbt": draw(st.sampled_from([True, True, False]))}
+    if handler == "PyTree":
+        options["use_zarr3"] = draw(st.booleans())
+    return Save(handler, tree, draw(cases.save_args_for(tree)), options)
 
 
-def _saved(library: Any, path: Path, name: str, tree: Any, save_args: Any, **options: Any) -> Any:
-    args = getattr(library.args, f"{name}Save")(tree, save_args=cases.made(save_args, library))
-    _handler(library, name, **options).save(path, args=args)
-
-
-_handlers = st.sampled_from(["Standard", "PyTree"])
-
-
-def _saves_alike(folder: Path, data: st.DataObject) -> None:
-    name, tree = data.draw(_handlers), data.draw(cases.saved_trees)
-    save_args = data.draw(cases.save_args_for(tree))
-    options = {"use_ocdbt": data.draw(st.sampled_from([True, True, False]))}
-    if name == "PyTree":
-        options["use_zarr3"] = data.draw(st.booleans())
-    number = next(_numbers)
-    paths = [folder / f"{number}-{library.__name__}" for library in (ckptkit, ocp)]
-    both = [
-        outcome(lambda library=library, path=path: _saved(library, path, name, tree, save_args, **options))
-        for library, path in zip((ckptkit, ocp), paths, strict=True)
-    ]
-    _check(*both, asked=tree)
-    if all(each.error is None for each in both):
-        for library in (ckptkit, ocp):
-            restored = [outcome(lambda path=path, library=library: _handler(library, "PyTree").restore(path)) for path in paths]
-            _check(*restored, asked=tree)
-
-
-def _restores_alike(folder: Path, data: st.DataObject) -> None:
-    tree = data.draw(cases.good_trees)
-    path = folder / str(next(_numbers))
-    _saved(ocp, path, "Standard", tree, None)
-    target = data.draw(cases.targets_for(tree))
+@st.composite
+def _restores(draw: Any) -> Restore:
+    tree = draw(cases.good_trees)
     options = {
-        "strict": data.draw(st.booleans()),
-        "support_layout": data.draw(st.booleans()),
-        "fallback_sharding": data.draw(st.sampled_from([None, cases.REPLICATED])),
+        "strict": draw(st.booleans()),
+        "support_layout": draw(st.booleans()),
+        "fallback_sharding": draw(st.sampled_from([None, cases.REPLICATED])),
     }
-
-    def restored(library: Any) -> Any:
-        return _handler(library, "Standard").restore(path, args=library.args.StandardRestore(target, **options))
-
-    _check(outcome(lambda: restored(ckptkit)), outcome(lambda: restored(ocp)), asked=target)
+    return Restore(tree, draw(cases.targets_for(tree)), options)
 
 
-def _restore_args_work_alike(folder: Path, data: st.DataObject) -> None:
-    tree = data.draw(cases.good_trees)
-    path = folder / str(next(_numbers))
-    _saved(ocp, path, "PyTree", tree, None)
-    item = data.draw(cases.items_for(tree))
-    restore_args = data.draw(cases.restore_args_for(tree if item is None else item))
-    partial = data.draw(st.booleans())
-
-    def restored(library: Any) -> Any:
-        args = library.args.PyTreeRestore(item, restore_args=cases.made(restore_args, library), partial_restore=partial)
-        return _handler(library, "PyTree").restore(path, args=args)
-
-    _check(outcome(lambda: restored(ckptkit)), outcome(lambda: restored(ocp)), asked=restore_args)
+@st.composite
+def _restores_of_leaves(draw: Any) -> RestoreLeaves:
+    tree = draw(cases.good_trees)
+    item = draw(cases.items_for(tree))
+    return RestoreLeaves(tree, item, draw(cases.restore_args_for(tree if item is None else item)), draw(st.booleans()))
 
 
-def _arrays_work_alike(folder: Path, data: st.DataObject) -> None:
-    item = data.draw(st.one_of(cases.leaves, cases.odd_leaves))
-    save_args = data.draw(cases.save_args)
-    name = data.draw(st.sampled_from([None, "weights"]))
-    restore_args = data.draw(st.one_of(st.none(), cases.restore_arg(item)))
-    number = next(_numbers)
-
-    def saved(library: Any) -> Path:
-        path = folder / f"{number}-{library.__name__}"
-        handler = library.ArrayCheckpointHandler(name)
-        args = library.args.ArraySave(item, save_args=cases.made(save_args, library))
-        library.Checkpointer(handler).save(path, args=args)
-        return path
-
-    def restored(library: Any, path: Path) -> Any:
-        args = library.args.ArrayRestore(restore_args=cases.made(restore_args, library))
-        return library.Checkpointer(library.ArrayCheckpointHandler(name)).restore(path, args=args)
-
-    ours, theirs = outcome(lambda: saved(ckptkit)), outcome(lambda: saved(ocp))
-    _check(ours._replace(value=None), theirs._replace(value=None), asked=item)
-    if ours.error is None and theirs.error is None:
-        for path in (ours.value, theirs.value):
-            _check(outcome(lambda path=path: restored(ckptkit, path)), outcome(lambda path=path: restored(ocp, path)), None)
+@st.composite
+def _arrays(draw: Any) -> OneArray:
+    item = draw(st.one_of(cases.leaves, cases.odd_leaves))
+    name = draw(st.sampled_from([None, "weights"]))
+    return OneArray(item, draw(cases.save_args), name, draw(st.one_of(st.none(), cases.restore_arg(item))))
 
 
-_CHECKS = [_saves_alike, _restores_alike, _restore_args_work_alike, _arrays_work_alike]
+_DRAWN = [_saves, _restores, _restores_of_leaves, _arrays]
 
 
-@pytest.mark.parametrize("check", _CHECKS)
-def test_some_come_to_the_same(folder: Path, check: Callable[[Path, st.DataObject], None]) -> None:
-    _run(check, folder, 25)
+@pytest.mark.parametrize("drawn", _DRAWN)
+def test_some_come_to_the_same(folder: Path, drawn: Callable[[], st.SearchStrategy[Comparison]]) -> None:
+    _run(drawn, folder, 25)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("check", _CHECKS)
-def test_many_come_to_the_same(folder: Path, check: Callable[[Path, st.DataObject], None]) -> None:
-    _run(check, folder, 150)
+@pytest.mark.parametrize("drawn", _DRAWN)
+def test_many_come_to_the_same(folder: Path, drawn: Callable[[], st.SearchStrategy[Comparison]]) -> None:
+    _run(drawn, folder, 150)
 
 
-def _run(check: Callable[[Path, st.DataObject], None], folder: Path, count: int) -> None:
-    @given(data=st.data())
+def _run(drawn: Callable[[], st.SearchStrategy[Comparison]], folder: Path, count: int) -> None:
+    @given(comparison=drawn())
     @settings(max_examples=count, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-    def examples(data: st.DataObject) -> None:
-        check(folder, data)
+    def examples(comparison: Comparison) -> None:
+        assert _unlisted(comparison.gaps(folder)) == []
 
     examples()
+
+
+@pytest.mark.parametrize("difference", DIFFERENCES, ids=lambda difference: difference.reason[:60])
+def test_every_difference_still_occurs(folder: Path, difference: Difference) -> None:
+    found = list(difference.example.gaps(folder))
+    assert any(difference.covers(gap, leaf) for gap, leaf in found), found
+    assert _unlisted(found) == []

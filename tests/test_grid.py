@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ckptkit import errors
 from ckptkit.grid import ArraySpec, chunk_count, chunk_indices, fit_chunk_shape, index_shape
 from ckptkit.index import BLOCK_BYTE_SIZE, Checksums, IndexDocument, decode_index, encode_index
-from ckptkit.pipeline.restore import aligned_empty
+from ckptkit.pipeline.memory import aligned_empty
 
 _shapes = st.lists(st.integers(0, 7), max_size=3).map(tuple)
 

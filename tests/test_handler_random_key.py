@@ -8,9 +8,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 
 import ckptkit
 from ckptkit import args, errors
+from ckptkit.file_list import FILE_LIST
 from ckptkit.testing import assert_same
 
 JAX_KEYS = {
@@ -39,6 +41,7 @@ def save_numpy(path, item, name=None):
 
 def edit_json(file, **changes):
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    (file.parents[1] / FILE_LIST).unlink(missing_ok=True)
 
 
 # JAX
@@ -260,5 +263,25 @@ def test_a_description_that_makes_no_jax_key_is_an_error(tmp_path, changes):
 def test_a_description_of_another_kind_is_an_error(tmp_path, text):
     save_jax(tmp_path / "key", jax.random.key(3))
     (tmp_path / "key" / "jax_random_key_metadata" / "metadata").write_text(text)
+    (tmp_path / "key" / FILE_LIST).unlink()
     with pytest.raises(errors.FormatError):
         ckptkit.restore(tmp_path / "key")
+
+
+@pytest.mark.parametrize(
+    ("handler", "item", "save_args"),
+    [
+        (ckptkit.JaxRandomKeyCheckpointHandler, jax.random.key(3), args.JaxRandomKeySave),
+        (ckptkit.NumpyRandomKeyCheckpointHandler, np.random.RandomState(3).get_state(), args.NumpyRandomKeySave),
+    ],
+)
+def test_an_item_without_args_is_taken_with_a_warning(tmp_path, handler, item, save_args):
+    for name in ("item", "args", "positional"):
+        (tmp_path / name).mkdir()
+    with pytest.warns(DeprecationWarning, match=f"item .* deprecated; pass args={save_args.__name__}"):
+        handler().save(epath.Path(tmp_path / "item"), item)
+    handler().save(epath.Path(tmp_path / "args"), args=save_args(item))
+    handler().save(epath.Path(tmp_path / "positional"), save_args(item))  # as Orbax takes it
+    restored = [handler().restore(epath.Path(tmp_path / name)) for name in ("item", "args", "positional")]
+    for each in restored:
+        assert str(each) == str(item)

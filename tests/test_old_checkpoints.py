@@ -105,9 +105,9 @@ def _target(expected: Any) -> Any:
     return jax.tree.map(leaf, expected)
 
 
-def test_at_least_six_releases_are_kept() -> None:
-    assert len(ARCHIVES) >= 6
-    assert {"0.2", "0.3", "0.4", "0.5", "0.6", "0.10", "0.11"} <= {release.rsplit(".", 1)[0] for release in ARCHIVES}
+def test_checkpoints_of_every_minor_release_are_kept() -> None:
+    releases = {release.rsplit(".", 1)[0] for release in ARCHIVES}
+    assert releases == {f"0.{minor}" for minor in range(2, 13)}
 
 
 @pytest.mark.parametrize(("release", "kind"), TREES)
@@ -131,6 +131,15 @@ def test_an_array_comes_back_without_its_handler(kept: Path, release: str, kind:
     found = ckptkit.Checkpointer().restore(kept / release / kind, args.PyTreeRestore())
     (array,) = found.values()
     np.testing.assert_array_equal(array, _expected(release, kind), strict=True)
+
+
+@pytest.mark.parametrize("release", [release for release, kind in EXPECTED if kind == "named_array_aggregate"])
+def test_aggregate_files_of_other_names_come_back(kept: Path, release: str) -> None:
+    array = ckptkit.Checkpointer(ArrayCheckpointHandler("weights")).restore(kept / release / "named_array_aggregate")
+    np.testing.assert_array_equal(array, _expected(release, "named_array_aggregate"), strict=True)
+    handler = ckptkit.PyTreeCheckpointHandler(aggregate_filename="leaves")
+    tree = ckptkit.Checkpointer(handler).restore(kept / release / "named_pytree_aggregate")
+    _assert_equal(tree, _expected(release, "named_pytree_aggregate"), typed=False)
 
 
 @pytest.mark.parametrize("release", ARCHIVES)

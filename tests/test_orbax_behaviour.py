@@ -22,6 +22,7 @@ from orbax.checkpoint._src.metadata.pytree_metadata_options import PyTreeMetadat
 
 import ckptkit
 from ckptkit import args, errors
+from ckptkit.file_list import FILE_LIST
 from ckptkit.testing import assert_same, strategies
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:orbax", "ignore::DeprecationWarning:orbax")
@@ -52,7 +53,7 @@ def test_use_ocdbt_false_writes_plain_zarr_that_orbax_restores(path: Path) -> No
 @pytest.mark.parametrize("handler", [ckptkit.StandardCheckpointHandler, ckptkit.PyTreeCheckpointHandler])
 @pytest.mark.parametrize("name", ["save_concurrent_gb", "restore_concurrent_gb"])
 def test_bounds_of_memory_are_above_zero(handler: Any, name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name}=0: expected a number above 0"):
+    with pytest.raises(ValueError, match=rf"{name}=0\): expected a number above 0"):
         handler(**{name: 0})
 
 
@@ -64,10 +65,72 @@ def test_trees_come_back_within_small_bounds_of_memory(path: Path, handler: Any)
     assert_same(checkpointer.restore(path), tree)
 
 
-def test_multiprocessing_options_are_taken(path: Path) -> None:
-    options = ckptkit.options.MultiprocessingOptions(primary_host=0)
-    _standard(multiprocessing_options=options).save(path, {"a": 1})
-    assert _standard(multiprocessing_options=options).restore(path) == {"a": 1}
+_Processes = ckptkit.options.MultiprocessingOptions
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"primary_host": None}, {"active_processes": {0}}, {"barrier_sync_key_prefix": "train"}],
+    ids=str,
+)
+def test_multiprocessing_options_that_mean_this_process_save(path: Path, fields: dict[str, Any]) -> None:
+    options = _Processes(**fields)
+    handler = ckptkit.StandardCheckpointHandler(multiprocessing_options=options)
+    checkpointer = ckptkit.Checkpointer(handler, multiprocessing_options=options)
+    checkpointer.save(path, {"a": 1})
+    assert checkpointer.restore(path) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    "options", [_Processes(primary_host=1), _Processes(active_processes={0, 1}), _Processes(primary_host=1, active_processes={1})]
+)
+@pytest.mark.parametrize("given_to", ["handler", "checkpointer"])
+def test_multiprocessing_options_that_mean_other_processes_are_refused(tmp_path: Path, options: Any, given_to: str) -> None:
+    checkpointer = (
+        _standard(multiprocessing_options=options)
+        if given_to == "handler"
+        else ckptkit.Checkpointer(ckptkit.StandardCheckpointHandler(), multiprocessing_options=options)
+    )
+    with pytest.raises(ValueError, match=r"the job has 1 processes, and none of index \[1\]; nobody would commit"):
+        checkpointer.save(tmp_path / "c", {"a": 1})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_primary_that_takes_no_part_is_refused() -> None:
+    with pytest.raises(ValueError, match="the primary process must be one of those that take part"):
+        _Processes(active_processes={1, 2})
+
+
+@pytest.mark.parametrize("bound", [None, 1e-5, "auto"])
+def test_copies_off_devices_may_have_a_bound_of_their_own(path: Path, bound: Any) -> None:
+    tree = {str(i): jnp.full(1000, i) for i in range(20)}
+    checkpointer = _pytree(save_device_host_concurrent_gb=bound, enable_pinned_host_transfer=True)
+    checkpointer.save(path, tree)
+    assert_same(checkpointer.restore(path), tree)
+
+
+_PINNED_TREE = {
+    "one": jnp.arange(6.0).reshape(2, 3),
+    "number": jnp.float32(2),
+    "bfloat16": jnp.arange(4, dtype=jnp.bfloat16),
+    "int4": jnp.arange(4, dtype=jnp.int4),
+    "sharded": jax.device_put(
+        np.arange(64.0, dtype=np.float32).reshape(8, 8), NamedSharding(strategies.mesh(), PartitionSpec("data"))
+    ),
+    "key": jax.random.key(3),
+    "empty": jnp.zeros((0, 2)),
+    "on the host": jax.device_put(jnp.ones(3), SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")),
+    "numpy": np.arange(3),
+}
+
+
+@pytest.mark.parametrize("chunk_byte_size", [None, 16])
+def test_arrays_by_way_of_pinned_host_memory_come_back(path: Path, chunk_byte_size: int | None) -> None:
+    checkpointer = _pytree(enable_pinned_host_transfer=True)
+    save_args = jax.tree.map(lambda _: ckptkit.SaveArgs(chunk_byte_size=chunk_byte_size), _PINNED_TREE)
+    checkpointer.save(path, args=args.PyTreeSave(_PINNED_TREE, save_args))
+    expected = {**_PINNED_TREE, "on the host": jax.device_put(jnp.ones(3), jax.devices()[0])}
+    assert_same(checkpointer.restore(path), expected)
 
 
 def test_data_files_end_near_the_size_asked_for(path: Path) -> None:
@@ -155,6 +218,7 @@ def test_hostile_rich_types_are_a_format_error(path: Path, document: Any) -> Non
     checkpointer.save(path, {"a": 1})
     found = json.loads((path / "_METADATA").read_text())
     (path / "_METADATA").write_text(json.dumps({**found, "value_metadata_tree": json.dumps(document)}))
+    (path / FILE_LIST).unlink()
     with pytest.raises(errors.FormatError, match=r"value_metadata_tree|namedtuple|entries|an object"):
         checkpointer.restore(path)
 
@@ -318,6 +382,7 @@ def test_a_fallback_takes_the_place_of_devices_that_are_not_here(path: Path) -> 
     _standard().save(path, {"a": jnp.ones(2)})
     file = path / "_sharding"
     file.write_text(file.read_text().replace("cpu:0", "tpu:7"))
+    (path / FILE_LIST).unlink()
     fallback = SingleDeviceSharding(jax.devices()[3])
     restored = _standard().restore(path, args=args.StandardRestore(fallback_sharding=fallback))
     assert restored["a"].sharding == fallback
@@ -617,3 +682,106 @@ def test_a_small_checkpoint_has_no_more_files_than_orbaxs(tmp_path: Path) -> Non
         checkpointer = library.Checkpointer(library.StandardCheckpointHandler())
         checkpointer.save(tmp_path / library.__name__, args=library.args.StandardSave({"a": jnp.ones(2)}))
     assert len(_files(tmp_path / "ckptkit")) <= len(_files(tmp_path / "orbax.checkpoint"))
+
+
+# Details of what is refused, and of what is taken that Orbax refuses.
+
+
+@pytest.mark.parametrize("number", [2**63, -(2**63) - 1, 2**70])
+def test_integers_beyond_64_bits_are_refused(path: Path, number: int) -> None:
+    with pytest.raises(ValueError, match=r"\('a',\): .*64"):
+        _standard().save(path, {"a": number})
+
+
+def test_a_dtype_to_save_in_leaves_keys_alone(path: Path) -> None:
+    tree = {"a": jax.random.split(jax.random.key(1), 3)}
+    _standard().save(path, args=args.StandardSave(tree, {"a": ckptkit.SaveArgs(dtype=np.float32)}))
+    assert_same(_standard().restore(path), tree)
+
+
+@pytest.mark.parametrize("save_args", [{"b": ckptkit.SaveArgs()}, {"a": {"b": ckptkit.SaveArgs()}}, {"a": 5}])
+def test_save_args_of_another_structure_are_refused(path: Path, save_args: Any) -> None:
+    with pytest.raises(ValueError, match="save_args"):
+        _standard().save(path, args=args.StandardSave({"a": np.ones(2)}, save_args))
+
+
+@pytest.mark.parametrize("handler", ["Standard", "PyTree"])
+def test_a_placeholder_in_a_target_is_left_alone(path: Path, handler: str) -> None:
+    checkpointer = {"Standard": _standard, "PyTree": _pytree}[handler]()
+    checkpointer.save(path, {"a": np.ones(2), "b": 2})
+    assert checkpointer.restore(path, {"a": ..., "b": 0}) == {"a": ..., "b": 2}
+
+
+def test_str_and_objects_in_a_target_are_refused_at_once(path: Path) -> None:
+    _standard().save(path, {"a": 1, "b": 2})
+    with pytest.raises(ValueError, match=r"(?s)2 that do not fit:.*\('b',\): Unsupported type.*\('a',\)"):
+        _standard().restore(path, {"a": "text", "b": object()})
+
+
+def test_a_str_is_restored_where_one_was_saved(path: Path) -> None:
+    _pytree().save(path, {"a": "text"})
+    assert _standard().restore(path, {"a": ""}) == {"a": "text"}
+
+
+@pytest.mark.parametrize("dtype", [np.bool_, np.int8, np.float32])
+def test_casts_are_numpys(path: Path, dtype: Any) -> None:
+    saved = np.array([0, 1.5 + 2j, 2j], np.complex64)
+    _standard().save(path, {"a": saved})
+    with pytest.warns(UserWarning, match="change their kind of number"):
+        restored = _standard().restore(path, {"a": np.zeros(3, dtype)})["a"]
+    assert_same(restored, (saved if dtype == np.bool_ else saved.real).astype(dtype))
+
+
+def test_another_number_of_axes_is_refused_though_not_strict(path: Path) -> None:
+    _standard().save(path, {"a": jnp.ones((2, 3))})
+    target = {"a": jax.ShapeDtypeStruct((6,), np.float32)}
+    with pytest.raises(ValueError, match="stored with 2 axes, requested with 1; strict=False changes lengths only"):
+        _standard().restore(path, args=args.StandardRestore(target, strict=False))
+
+
+def test_a_leaf_asked_for_where_an_empty_node_is_stored_is_refused(path: Path) -> None:
+    _standard().save(path, {"a": {}, "b": 1})
+    with pytest.raises(ValueError, match=r"\('a',\): a int was asked for, but an empty node \(Dict\) is stored"):
+        _standard().restore(path, {"a": 3, "b": 1})
+
+
+@pytest.mark.parametrize("tree", [{}, [], ()])
+def test_an_empty_tree_comes_back_under_pytree(path: Path, tree: Any) -> None:
+    _pytree().save(path, tree)
+    assert _pytree().restore(path) == tree
+
+
+def test_pytree_refuses_to_aggregate(path: Path) -> None:
+    with pytest.raises(ValueError, match="Unsupported option `aggregate`"):
+        _pytree().save(path, args=args.PyTreeSave({"a": 1}, {"a": ckptkit.SaveArgs(aggregate=True)}))
+
+
+def test_a_partial_restore_of_a_tree_that_differs_is_refused(path: Path) -> None:
+    _pytree().save(path, {"a": {"b": 1}})
+    with pytest.raises(ValueError, match=r"\('a', '0'\)"):
+        _pytree().restore(path, args=args.PyTreeRestore({"a": [1]}, partial_restore=True))
+
+
+def test_restore_args_without_an_item_may_be_of_the_classes_that_were_saved(path: Path) -> None:
+    _pytree().save(path, {"a": strategies.Pair(1, 2), "b": 3})
+    restore_args = {"a": strategies.Pair(ckptkit.RestoreArgs(restore_type=float), None), "b": None}
+    assert _pytree().restore(path, args=args.PyTreeRestore(restore_args=restore_args)) == {"a": strategies.Pair(1.0, 2), "b": 3}
+
+
+def test_an_array_without_a_sharding_goes_to_the_default_device(path: Path) -> None:
+    _pytree().save(path, {"a": np.ones(2, np.float32)})
+    restored = _pytree().restore(path, args=args.PyTreeRestore(restore_args={"a": ckptkit.ArrayRestoreArgs()}))
+    assert_same(restored, {"a": jnp.ones(2)})
+
+
+def test_the_shape_asked_of_keys_is_the_keys(path: Path) -> None:
+    keys = jax.random.split(jax.random.key(1), 3)
+    _pytree().save(path, {"a": keys})
+
+    def restored(shape: tuple[int, ...]) -> Any:
+        restore_args = {"a": ckptkit.ArrayRestoreArgs(global_shape=shape, sharding=keys.sharding)}
+        return _pytree().restore(path, args=args.PyTreeRestore(restore_args=restore_args))
+
+    assert_same(restored((3,)), {"a": keys})
+    with pytest.raises(ValueError, match="requested"):
+        restored((3, 2))

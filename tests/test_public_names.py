@@ -16,12 +16,12 @@ NAMES = {
     "": """ArrayCheckpointHandler ArrayRestoreArgs AsyncCheckpointHandler AsyncCheckpointer AsyncOptions CheckpointHandler
         Checkpointer CompositeCheckpointHandler JaxRandomKeyCheckpointHandler JsonCheckpointHandler
         NumpyRandomKeyCheckpointHandler PLACEHOLDER PyTreeCheckpointHandler PyTreeCheckpointer Registry RestoreArgs SaveArgs
-        StandardCheckpointHandler StandardCheckpointer StorageBackend TypeHandler args checkpoint_utils construct_restore_args
-        default_registry errors handlers hookimpl hookspec hookspecs leaves metadata options progress reports restore save
-        save_async storage type_handlers utils""",
+        StandardCheckpointHandler StandardCheckpointer StorageBackend TypeHandler args checkpoint_utils clean
+        construct_restore_args default_registry errors handlers hookimpl hookspec hookspecs leaves metadata options progress
+        reports restore save save_async storage type_handlers utils verify""",
     ".handlers": """ArrayCheckpointHandler AsyncCheckpointHandler CheckpointHandler CompositeCheckpointHandler
-        JaxRandomKeyCheckpointHandler JsonCheckpointHandler NumpyRandomKeyCheckpointHandler PyTreeCheckpointHandler
-        StandardCheckpointHandler""",
+        DeferredPathAsyncCheckpointHandler JaxRandomKeyCheckpointHandler JsonCheckpointHandler NumpyRandomKeyCheckpointHandler
+        PathAwaitingCreation PyTreeCheckpointHandler StandardCheckpointHandler""",
     ".testing": "CheckpointHandlerTests StorageBackendTests TypeHandlerTests abstract assert_same",
     ".metadata": """ArrayMetadata Metadata ScalarMetadata ShardingMetadata StepMetadata StorageMetadata StringMetadata
         TreeMetadata""",

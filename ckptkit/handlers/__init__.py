@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from ckptkit.handlers.array import ArrayCheckpointHandler as ArrayCheckpointHandler
     from ckptkit.handlers.base import AsyncCheckpointHandler as AsyncCheckpointHandler
     from ckptkit.handlers.base import CheckpointHandler as CheckpointHandler
+    from ckptkit.handlers.base import DeferredPathAsyncCheckpointHandler as DeferredPathAsyncCheckpointHandler
+    from ckptkit.handlers.base import PathAwaitingCreation as PathAwaitingCreation
     from ckptkit.handlers.composite import CompositeCheckpointHandler as CompositeCheckpointHandler
     from ckptkit.handlers.json import JsonCheckpointHandler as JsonCheckpointHandler
     from ckptkit.handlers.pytree import PyTreeCheckpointHandler as PyTreeCheckpointHandler
@@ -24,9 +26,11 @@ else:
             "AsyncCheckpointHandler": "ckptkit.handlers.base",
             "CheckpointHandler": "ckptkit.handlers.base",
             "CompositeCheckpointHandler": "ckptkit.handlers.composite",
+            "DeferredPathAsyncCheckpointHandler": "ckptkit.handlers.base",
             "JaxRandomKeyCheckpointHandler": "ckptkit.handlers.random_key",
             "JsonCheckpointHandler": "ckptkit.handlers.json",
             "NumpyRandomKeyCheckpointHandler": "ckptkit.handlers.random_key",
+            "PathAwaitingCreation": "ckptkit.handlers.base",
             "PyTreeCheckpointHandler": "ckptkit.handlers.pytree",
             "StandardCheckpointHandler": "ckptkit.handlers.standard",
         },

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ckptkit.index import INDEX_FILE, IndexDocument, encode_index
+from ckptkit.index import INDEX_FILE, IndexDocument, array_text, encode_index
 from ckptkit.leaves.base import LeafSpec
 from ckptkit.metadata import arrays as array_documents
 from ckptkit.metadata import sharding as sharding_documents
@@ -43,11 +43,16 @@ def _index(
     """Checksums, and for leaves that Orbax has no word for, what it takes to restore them."""
     foreign = [(name, spec) for name, spec in leaves if words[spec.typestr] != spec.typestr]
     typestrs = {name: spec.typestr for name, spec in foreign}
+    arrays: dict[str, list[str]] = {}
+    for _, spec in leaves:
+        if spec.array is not None:
+            arrays.setdefault(array_text(spec.array), []).append(spec.array.name)
     return IndexDocument(
         checksums=dict(checksums),
         typestrs=typestrs,
         providers={typestr: registry.provider_of(typestr) for typestr in set(typestrs.values())},
         extras={name: dict(spec.extra) for name, spec in foreign},
+        arrays=arrays,
     )
 
 

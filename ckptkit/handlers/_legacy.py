@@ -52,36 +52,36 @@ class Aggregate(NamedTuple):
         return str(path)
 
 
-def read_aggregate(location: Location) -> Aggregate | None:
-    """What the file `checkpoint` says; None where there is no such file (a directory of that name is an array's).
+def read_aggregate(location: Location, file: str = AGGREGATE_FILE) -> Aggregate | None:
+    """What the msgpack file says; None where there is no such file (a directory of that name is an array's).
 
     Raises:
       errors.FormatError: it is malformed, or holds values that are no leaves.
     """
-    if location.names().get(AGGREGATE_FILE, True):
+    if location.names().get(file, True):
         return None
-    where = f"{location.url}/{AGGREGATE_FILE}"
-    tree = decode_aggregate(_whole_file(location, where), where)
-    texts = _texts_in_folders(location)
+    where = f"{location.url}/{file}"
+    tree = decode_aggregate(_whole_file(location, file, where), where)
+    texts = _texts(location)
     aggregate = Aggregate(TreeDocument(entries=[], use_ocdbt=None), {}, {}, {})
     entries = [_entry(keys, value, aggregate, texts, where) for keys, value in _leaves(tree, ())]
     return aggregate._replace(document=TreeDocument(entries=entries, use_ocdbt=None))
 
 
-def _whole_file(location: Location, where: str) -> bytes:
+def _whole_file(location: Location, file: str, where: str) -> bytes:
     """The bytes of the file, which may be larger than others that are read at once, since arrays are in it."""
     if location.local_path is None:
-        return location.read_bytes(AGGREGATE_FILE)
+        return location.read_bytes(file)
     with mapped_os_errors(where, "read"):
-        size = os.path.getsize(os.path.join(location.local_path, AGGREGATE_FILE))
-    return location.read_bytes(AGGREGATE_FILE, limit=size)
+        size = os.path.getsize(os.path.join(location.local_path, file))
+    return location.read_bytes(file, limit=size)
 
 
-def _texts_in_folders(location: Location) -> dict[str, str]:
-    """The str leaves by name where 0.3 kept them: in a file in the folder that the first of them would have as an array."""
+def _texts(location: Location) -> dict[str, str]:
+    """The str leaves by name, from their file: here, or as 0.3 had it, in the folder that the first would have as an array."""
     texts: dict[str, str] = {}
-    for name, is_directory in location.names().items():
-        if is_directory and (folder := location.child(name)).exists(STRINGS_FILE):
+    for folder in [location, *(location.child(name) for name, is_directory in location.names().items() if is_directory)]:
+        if folder.exists(STRINGS_FILE):
             where = f"{folder.url}/{STRINGS_FILE}"
             found = expect(load(folder.read_bytes(STRINGS_FILE), where), dict, "the document", where)
             texts |= {key: expect(text, str, f"the str leaf {key!r}", where) for key, text in found.items()}
@@ -156,6 +156,9 @@ class ArraysReader(Reader):
             if name in self._values:
                 np.copyto(out, self._values[name])
         return self._rest.read([request for request in requests if request[0] not in self._values])
+
+    def place(self, name: str, index: Index) -> str:
+        return AGGREGATE_FILE if name in self._values else self._rest.place(name, index)
 
     def close(self) -> None:
         self._rest.close()

@@ -20,6 +20,7 @@ from ckptkit.metadata import arrays as array_documents
 from ckptkit.metadata import sharding as sharding_documents
 from ckptkit.metadata.msgpack import AGGREGATE_FILE
 from ckptkit.metadata.tree import TREE_FILE, Entry, Key, TreeDocument, decode_tree, is_empty_node
+from ckptkit.options import OnCorrupt
 from ckptkit.registry import Registry
 from ckptkit.storage.base import Reader, StorageBackend
 
@@ -77,11 +78,17 @@ class StoredTree:
       index: checksums and type strings; None where another program wrote the checkpoint.
       reader: gives the chunks.
       only_names: joined names are all that is stored of the tree, so that empty nodes cannot be told, nor keys that hold a '.'.
+      lost: what is wrong with leaves that `found` gave up, by key path.
     """
 
     @paused_gc()
-    def __init__(self, location: Location, registry: Registry) -> None:
+    def __init__(self, location: Location, registry: Registry, aggregate_file: str | None = None) -> None:
         """Reads the small files and lists the arrays.
+
+        Args:
+          location: the directory.
+          registry: finds type handlers and storage backends.
+          aggregate_file: the name of an old release's msgpack file; None for its usual one.
 
         Raises:
           errors.NotFoundError: a file that a checkpoint cannot do without is missing.
@@ -89,20 +96,22 @@ class StoredTree:
         """
         self.location = location
         self._registry = registry
+        self._aggregate_file = aggregate_file or AGGREGATE_FILE
+        self.lost: dict[tuple[str, ...], errors.CheckpointError] = {}
         self.index: IndexDocument | None = self._optional(INDEX_FILE, decode_index, None)
         recorded: TreeDocument | None = self._optional(TREE_FILE, decode_tree, None)
         needed = recorded is None or any(map(_is_aggregated, recorded.entries))
-        self._aggregate: Aggregate | None = read_aggregate(location) if needed else None
+        self._aggregate: Aggregate | None = read_aggregate(location, self._aggregate_file) if needed else None
         if recorded is None and self._aggregate is not None:
             recorded = self._aggregate.document
         self.reader: Reader = self._open() if recorded is None or any(map(_has_array, recorded.entries)) else _NoArrays()
         if self._aggregate is not None:
             self.reader = ArraysReader(self._aggregate.arrays, self.reader)
         try:
-            self._arrays: Mapping[str, ArraySpec] = self.reader.arrays()
+            self._arrays: Mapping[str, ArraySpec] = self._listed_arrays()
             self.only_names = recorded is None
             self.document: TreeDocument = recorded or self._inferred()
-            self._shardings = self._optional(sharding_documents.SHARDING_FILE, sharding_documents.decode_file, {})
+            self._shardings = self._optional(sharding_documents.SHARDING_FILE, self._decode_shardings, {})
             self._strings = self._optional(array_documents.STRINGS_FILE, self._decode_strings, {})
             self._records = self._array_records()
         except BaseException:
@@ -123,6 +132,7 @@ class StoredTree:
 
         Raises:
           errors.NotFoundError: its array is not on storage.
+          errors.CorruptCheckpointError: what is there is not the array that was written.
           errors.FormatError: it was written in a way that this version does not read.
         """
         if entry.skip:
@@ -136,11 +146,31 @@ class StoredTree:
                 f"{self._where(entry)} is a leaf of the checkpoint, but no array {name!r} is on storage; the checkpoint is "
                 "damaged, or was not copied as a whole."
             )
+        if self.index is not None and (wrong := self.index.check_array(array)) is not None:
+            raise errors.CorruptCheckpointError(f"{self._where(entry)}: {wrong}; restore another checkpoint.")
         record = self._records.get(name)
         extra: Mapping[str, Any] = {"write_shape": entry.write_shape, **((record and record.ext_metadata) or {})}
         if self.index is not None and name in self.index.extras:
             extra = self.index.extras[name]
         return name, LeafSpec(typestr, array, sharding=self._shardings.get(name), extra=extra)
+
+    def found(self, entry: Entry, on_corrupt: OnCorrupt) -> LeafSpec | None:
+        """What is stored of a leaf; None where that is damaged, and damaged leaves are to be left out."""
+        try:
+            return self.leaf(entry)[1]
+        except (errors.NotFoundError, errors.CorruptCheckpointError) as error:
+            if on_corrupt == "raise":
+                raise
+            self.lost[_path(entry)] = error
+            return None
+
+    def _listed_arrays(self) -> Mapping[str, ArraySpec]:
+        try:
+            return self.reader.arrays()
+        except errors.FormatError as error:
+            if self.index is None:  # another program's, which may have more formats than this one reads
+                raise
+            raise errors.CorruptCheckpointError(f"{error} ckptkit did not write it so: restore another checkpoint.") from error
 
     def _aggregated(self, entry: Entry) -> LeafSpec:
         """What is stored of a leaf that was saved with `SaveArgs(aggregate=True)`."""
@@ -151,8 +181,8 @@ class StoredTree:
         if array is None:
             state = "is missing" if self._aggregate is None else "does not hold it"
             raise errors.NotFoundError(
-                f"{self._where(entry)} was saved into the file {AGGREGATE_FILE!r}, which {state}; the checkpoint is damaged, or "
-                "was not copied as a whole."
+                f"{self._where(entry)} was saved into the file {self._aggregate_file!r}, which {state}; the checkpoint is "
+                "damaged, or was not copied as a whole."
             )
         return LeafSpec(entry.value_type, array)
 
@@ -206,6 +236,9 @@ class StoredTree:
         """The type handler that makes what a request names: that of its `restore_type`, or the one that wrote the leaf."""
         named = None if request.restore_type is None else self._registry.type_handler_for(request.restore_type)
         return named or self.type_handler(spec)
+
+    def _decode_shardings(self, data: bytes, where: str) -> Mapping[str, Mapping[str, Any]]:
+        return sharding_documents.decode_file(data, where, self._arrays)
 
     def _decode_strings(self, data: bytes, where: str) -> Mapping[str, str]:
         names = [entry.name for entry in self.document.entries if entry.value_type == "string" and not entry.skip]

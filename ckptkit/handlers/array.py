@@ -10,11 +10,11 @@ import numpy as np
 
 from ckptkit import args as args_lib
 from ckptkit import errors
-from ckptkit.handlers.base import AsyncCheckpointHandler, folded_args
+from ckptkit._checks import optional, text
+from ckptkit.handlers.base import DelegatingHandler, folded_args
 from ckptkit.handlers.pytree import PyTreeCheckpointHandler
 from ckptkit.metadata.values import TreeMetadata
 from ckptkit.options import RestoreDefaults
-from ckptkit.registry import Registry
 
 if TYPE_CHECKING:
     from etils import epath
@@ -27,7 +27,7 @@ _AGGREGATE_NAME = "ELEMENT"
 _TYPES = (jax.Array, np.ndarray, int, float, complex, np.number, np.bool_)
 
 
-class ArrayCheckpointHandler(AsyncCheckpointHandler):
+class ArrayCheckpointHandler(DelegatingHandler):
     """Saves one jax.Array (typed PRNG keys too), np.ndarray or number, as a directory of zarr files.
 
     Args:
@@ -35,16 +35,10 @@ class ArrayCheckpointHandler(AsyncCheckpointHandler):
     """
 
     def __init__(self, checkpoint_name: str | None = None) -> None:
+        optional(text)(self, "checkpoint_name", checkpoint_name)
         self._name = checkpoint_name or "checkpoint"
-        self._pytree = PyTreeCheckpointHandler(use_ocdbt=False)
-
-    @property
-    def registry(self) -> Registry | None:  # one value, kept where it is used
-        return self._pytree.registry
-
-    @registry.setter
-    def registry(self, registry: Registry | None) -> None:
-        self._pytree.registry = registry
+        self._pytree = PyTreeCheckpointHandler(use_ocdbt=False, aggregate_filename=self._name)
+        super().__init__(self._pytree)
 
     @classmethod
     def typestr(cls) -> str:
@@ -94,6 +88,3 @@ class ArrayCheckpointHandler(AsyncCheckpointHandler):
 
     def metadata(self, directory: epath.Path) -> TreeMetadata:
         return self._pytree.metadata(directory)
-
-    def close(self) -> None:
-        self._pytree.close()

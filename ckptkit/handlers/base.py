@@ -14,7 +14,7 @@ import threading
 import warnings
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, wait
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from ckptkit import errors
 
@@ -23,7 +23,16 @@ if TYPE_CHECKING:
 
     from ckptkit.registry import Registry
 
-__all__ = ["AsyncCheckpointHandler", "CheckpointHandler", "folded_args", "run_coroutine"]
+__all__ = [
+    "AsyncCheckpointHandler",
+    "CheckpointHandler",
+    "DeferredPathAsyncCheckpointHandler",
+    "DelegatingHandler",
+    "PathAwaitingCreation",
+    "created",
+    "folded_args",
+    "run_coroutine",
+]
 
 A = TypeVar("A")
 T = TypeVar("T")
@@ -87,6 +96,53 @@ class AsyncCheckpointHandler(CheckpointHandler):
         """Does what `async_save` does, and waits until it is done."""
         for future in run_coroutine(self.async_save(directory, *args, **kwargs)) or ():
             future.result()
+
+
+class DelegatingHandler(AsyncCheckpointHandler):
+    """A handler that leaves the storing to other handlers, which share its registry and are closed with it."""
+
+    def __init__(self, *parts: CheckpointHandler) -> None:
+        """Takes the other handlers."""
+        self._parts = parts
+
+    @property
+    def registry(self) -> Registry | None:  # one value, kept where it is used
+        return self._parts[0].registry
+
+    @registry.setter
+    def registry(self, registry: Registry | None) -> None:
+        for part in self._parts:
+            part.registry = registry
+
+    def close(self) -> None:
+        for part in self._parts:
+            part.close()
+
+
+@runtime_checkable
+class PathAwaitingCreation(Protocol):
+    """A directory that may not be there yet."""
+
+    @property
+    def path(self) -> epath.Path:
+        """Where it will be; nothing may be written there before it was awaited."""
+
+    def __truediv__(self, name: str) -> PathAwaitingCreation: ...
+
+    async def await_creation(self) -> epath.Path:
+        """The directory, once it is there; makes it where nobody has."""
+
+
+class DeferredPathAsyncCheckpointHandler(AsyncCheckpointHandler):
+    """A handler whose `async_save` takes a directory that is still being created, and awaits it off the caller's path."""
+
+    @abc.abstractmethod
+    async def async_save(self, directory: epath.Path | PathAwaitingCreation, *, args: Any) -> list[Future[Any]] | None: ...
+
+
+def created(directory: epath.Path | PathAwaitingCreation) -> epath.Path:
+    """The directory; waits until it is there."""
+    return run_coroutine(directory.await_creation()) if isinstance(directory, PathAwaitingCreation) else directory
 
 
 def folded_args(args_class: Callable[..., A], args: A | None, **deprecated: Any) -> A:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from ckptkit import args as args_lib
 from ckptkit import discovery, errors
+from ckptkit._checks import a, optional
+from ckptkit.file_list import FILE_LIST
 from ckptkit.handlers._stored import args_for_files, item_folders
 from ckptkit.handlers.base import AsyncCheckpointHandler, CheckpointHandler
 from ckptkit.location import Location, mapped_os_errors
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CompositeCheckpointHandler"]
 
-_TAKEN = ("ckptkit_writer.txt", "commit_success.txt", "orbax.checkpoint")
+_TAKEN = (FILE_LIST, "ckptkit_writer.txt", "commit_success.txt", "orbax.checkpoint")
 
 
 class CompositeCheckpointHandler(AsyncCheckpointHandler):
@@ -31,9 +33,16 @@ class CompositeCheckpointHandler(AsyncCheckpointHandler):
     Args:
       *item_names: with these or with `items_and_handlers`, no other item can be saved.
       **items_and_handlers: the handler of an item, by its name, where the one that its args find is not wanted as it is.
+
+    Raises:
+      errors.ArgsError: a name that no folder can have, or something else than a handler.
     """
 
     def __init__(self, *item_names: str, **items_and_handlers: CheckpointHandler) -> None:
+        for name in (*item_names, *items_and_handlers):
+            args_lib.check_item_name(name)
+        for name, handler in items_and_handlers.items():
+            optional(a(CheckpointHandler, "an instance of a CheckpointHandler, or None"))(self, name, handler)
         self._given = items_and_handlers
         self._allowed = {*item_names, *items_and_handlers}
         self._made: dict[tuple[str, type[CheckpointHandler]], CheckpointHandler] = {}

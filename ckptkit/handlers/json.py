@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptkit import args as args_lib
 from ckptkit import discovery, errors
+from ckptkit._checks import optional, text
 from ckptkit.handlers.base import CheckpointHandler, folded_args
 from ckptkit.metadata.json import checked_custom, dump_exact, load_exact
 
@@ -23,6 +24,7 @@ class JsonCheckpointHandler(CheckpointHandler):
     """
 
     def __init__(self, filename: str | None = None) -> None:
+        optional(text)(self, "filename", filename)
         self._filename = filename or "metadata"
 
     @classmethod

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 import jax
 
 from ckptkit import args as args_lib
 from ckptkit import discovery, errors, tree
+from ckptkit._checks import flag, given_options, optional, positive, text
 from ckptkit._gc import paused_gc
 from ckptkit.handlers._documents import documents
 from ckptkit.handlers._stored import StoredTree
-from ckptkit.handlers.base import AsyncCheckpointHandler, folded_args
+from ckptkit.handlers.base import DeferredPathAsyncCheckpointHandler, PathAwaitingCreation, created, folded_args
 from ckptkit.leaves.base import ArrayRestoreArgs, LeafSpec, RestoreArgs, TypeHandler
 from ckptkit.metadata import sharding as sharding_documents
 from ckptkit.metadata.json import checked_custom
@@ -23,8 +25,9 @@ from ckptkit.metadata.tree import TREE_FILE, Entry, is_empty_node, nest
 from ckptkit.metadata.values import ArrayMetadata, ScalarMetadata, StorageMetadata, StringMetadata, TreeMetadata
 from ckptkit.options import MultiprocessingOptions, PyTreeMetadataOptions, RestoreDefaults, StorageOptions
 from ckptkit.pipeline.plan import PLAIN, LeafRules, plan_save
-from ckptkit.pipeline.restore import RestoreItem, restore_leaves
+from ckptkit.pipeline.restore import RestoreItem, restore_leaves, unrestorable
 from ckptkit.pipeline.save import start_save
+from ckptkit.processes import check_takes_part
 from ckptkit.registry import Registry
 
 if TYPE_CHECKING:
@@ -35,21 +38,25 @@ __all__ = ["PyTreeCheckpointHandler"]
 _GB = 10**9
 
 
-class PyTreeCheckpointHandler(AsyncCheckpointHandler):
+class PyTreeCheckpointHandler(DeferredPathAsyncCheckpointHandler):
     """Saves and restores any tree whose leaves have a type handler."""
 
     further_typestrs = ("orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTreeHandler",)
 
-    def __init__(  # noqa: PLR0913 - what Orbax takes, and where the bytes go
+    def __init__(  # noqa: PLR0913 - what Orbax takes, and what it does not have
         self,
         *,
         save_concurrent_gb: float | None = None,
         restore_concurrent_gb: float | None = None,
+        save_device_host_concurrent_gb: float | Literal["auto"] | None = None,
         multiprocessing_options: MultiprocessingOptions | None = None,
         pytree_metadata_options: PyTreeMetadataOptions | None = None,
         use_ocdbt: bool = True,
         use_zarr3: bool = False,
+        zarr3_crc32c: bool = False,
         use_compression: bool = False,
+        enable_pinned_host_transfer: bool | None = None,
+        aggregate_filename: str | None = None,
         storage: str | None = None,
         target_data_file_size: int | None = None,
     ) -> None:
@@ -59,36 +66,63 @@ class PyTreeCheckpointHandler(AsyncCheckpointHandler):
           save_concurrent_gb: bound of the host memory that staged copies take while they are written, in 10**9 bytes; 96
             where it is None.
           restore_concurrent_gb: bound of what is read ahead of what is assembled, in 10**9 bytes; 96 where it is None.
+          save_device_host_concurrent_gb: a second bound of the same; the lower of the two holds. 'auto' is none.
           multiprocessing_options: which processes take part.
           pytree_metadata_options: whether tuples and named tuples come back as such where there is no target.
           use_ocdbt: False is short for `storage='zarr'`.
           use_zarr3: write zarr version 3 documents.
+          zarr3_crc32c: with `use_zarr3`, add zarr's own checksum to every chunk, for programs that do not read ckptkit's; it
+            takes a quarter of the speed of writing, and half of that of reading.
           use_compression: compress chunks with zstd at level 1: less on disk for values that repeat, several times slower, and
             8 % smaller for random floats, which is why this is off unless asked for (Orbax compresses unless told not to).
+          enable_pinned_host_transfer: arrays go from their devices to the host by way of its pinned memory, chunk by chunk, where
+            the devices have such memory; None means False.
+          aggregate_filename: of the msgpack file in which old releases of Orbax kept leaves; 'checkpoint' where it is None.
           storage: name of the storage backend; 'ocdbt' where it is None.
           target_data_file_size: bytes after which a backend that packs arrays into files starts the next; None is the backend's
             own default.
 
         Raises:
-          errors.ArgsError: a bound or a size that is not above 0.
+          errors.ArgsError: an argument of another type, a bound or a size that is not above 0, or `zarr3_crc32c` without
+            `use_zarr3`.
         """
-        self._save_bytes = _bytes("save_concurrent_gb", save_concurrent_gb)
-        self._restore_bytes = _bytes("restore_concurrent_gb", restore_concurrent_gb)
-        self._multiprocessing_options = multiprocessing_options or MultiprocessingOptions()
-        self._rich = (pytree_metadata_options or PyTreeMetadataOptions()).support_rich_types
+        flags = {"use_ocdbt": use_ocdbt, "use_zarr3": use_zarr3, "use_compression": use_compression, "zarr3_crc32c": zarr3_crc32c}
+        for name, given in flags.items():
+            flag(self, name, given)
+        optional(text)(self, "storage", storage)
+        optional(text)(self, "aggregate_filename", aggregate_filename)
+        optional(flag)(self, "enable_pinned_host_transfer", enable_pinned_host_transfer)
+        if save_device_host_concurrent_gb == "auto":
+            save_device_host_concurrent_gb = None
+        self._save_bytes = min(
+            _bytes(self, "save_concurrent_gb", save_concurrent_gb),
+            _bytes(self, "save_device_host_concurrent_gb", save_device_host_concurrent_gb),
+        )
+        self._restore_bytes = _bytes(self, "restore_concurrent_gb", restore_concurrent_gb)
+        self._processes = given_options(self, "multiprocessing_options", multiprocessing_options, MultiprocessingOptions)
+        self._rich = given_options(
+            self, "pytree_metadata_options", pytree_metadata_options, PyTreeMetadataOptions
+        ).support_rich_types
         self._storage = storage or ("ocdbt" if use_ocdbt else "zarr")
         self._options = StorageOptions(
             use_zarr3=use_zarr3,
             compression="zstd" if use_compression else None,
+            zarr3_crc32c=zarr3_crc32c,
             target_data_file_size=target_data_file_size,
         )
+        self._aggregate_file = aggregate_filename
+        self._pinned_host = bool(enable_pinned_host_transfer)
 
     @classmethod
     def typestr(cls) -> str:
         return "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
 
     async def async_save(
-        self, directory: epath.Path, item: Any = None, save_args: Any = None, args: args_lib.PyTreeSave | None = None
+        self,
+        directory: epath.Path | PathAwaitingCreation,
+        item: Any = None,
+        save_args: Any = None,
+        args: args_lib.PyTreeSave | None = None,
     ) -> list[Future[Any]]:
         """Stages the tree and starts to write it; see `start_save`. `item` and `save_args` are deprecated: `args` says the same.
 
@@ -97,8 +131,11 @@ class PyTreeCheckpointHandler(AsyncCheckpointHandler):
         """
         return self.start_save(directory, folded_args(args_lib.PyTreeSave, args, item=item, save_args=save_args))
 
-    def start_save(self, directory: epath.Path, args: args_lib.PyTreeSave, rules: LeafRules = PLAIN) -> list[Future[Any]]:
+    def start_save(
+        self, directory: epath.Path | PathAwaitingCreation, args: args_lib.PyTreeSave, rules: LeafRules = PLAIN
+    ) -> list[Future[Any]]:
         """What `async_save` does, for leaves as `rules` want them."""
+        check_takes_part(self._processes)
         registry = discovery.ready(self.registry)
         custom_metadata = checked_custom(args.custom_metadata, "custom_metadata")
         options = self._options
@@ -106,13 +143,19 @@ class PyTreeCheckpointHandler(AsyncCheckpointHandler):
             options = attrs.evolve(options, target_data_file_size=args.ocdbt_target_data_file_size)
         with paused_gc():
             plan, values = plan_save(
-                args.item, args.save_args, registry, registry.storage(self._storage), options, self._save_bytes, rules
+                args.item,
+                args.save_args,
+                registry,
+                registry.storage(self._storage),
+                options,
+                self._save_bytes,
+                attrs.evolve(rules, pinned_host=self._pinned_host),
             )
 
         def describe(checksums: Mapping[str, list[str]]) -> Iterable[tuple[str, bytes]]:
             return documents(plan, checksums, custom_metadata, registry, rich=self._rich)
 
-        return [start_save(plan, values, registry.location(directory), describe)]
+        return [start_save(plan, values, lambda: registry.location(created(directory)), describe)]
 
     def restore(
         self, directory: epath.Path, item: Any = None, restore_args: Any = None, args: args_lib.PyTreeRestore | None = None
@@ -130,7 +173,7 @@ class PyTreeCheckpointHandler(AsyncCheckpointHandler):
             directory,
             args.item,
             restore_args=args.restore_args,
-            defaults=RestoreDefaults(casting=args.casting),
+            defaults=RestoreDefaults(casting=args.casting, on_corrupt=args.on_corrupt),
             partial=args.partial_restore,
         )
 
@@ -155,12 +198,12 @@ class PyTreeCheckpointHandler(AsyncCheckpointHandler):
           partial: leave out what the target does not name, instead of refusing it.
         """
         registry = discovery.ready(self.registry)
-        with StoredTree(registry.location(directory), registry) as stored:
+        with StoredTree(registry.location(directory), registry, self._aggregate_file) as stored:
             if target is None and restore_args is None:
                 return self._nested(stored, _restore_all(stored, defaults, self._restore_bytes))
             wanted = _Wanted(registry, stored, defaults, typed_by_target=typed_by_target)
             structure = wanted.match(target, restore_args, partial=partial)
-            leaves = restore_leaves(wanted.items, stored.reader, stored.index, self._restore_bytes, stored.location.url)
+            leaves = _read(stored, wanted.items, defaults, self._restore_bytes)
             for position, leaf in zip(wanted.positions, leaves, strict=True):
                 wanted.values[position] = leaf
             return structure.unflatten(wanted.values)
@@ -169,7 +212,7 @@ class PyTreeCheckpointHandler(AsyncCheckpointHandler):
     def metadata(self, directory: epath.Path) -> TreeMetadata:
         """The tree with the metadata of each leaf in its place; no array is read."""
         registry = discovery.ready(self.registry)
-        with StoredTree(registry.location(directory), registry) as stored:
+        with StoredTree(registry.location(directory), registry, self._aggregate_file) as stored:
             entries = stored.document.entries
             values = [None if is_empty_node(entry) else _leaf_metadata(stored, entry, directory) for entry in entries]
             return TreeMetadata(tree=self._nested(stored, values), custom_metadata=stored.document.custom_metadata)
@@ -182,10 +225,9 @@ class PyTreeCheckpointHandler(AsyncCheckpointHandler):
         return nest(document.entries, values)
 
 
-def _bytes(name: str, gigabytes: float | None) -> int:
-    if gigabytes is not None and not gigabytes > 0:
-        raise errors.ArgsError(f"{name}={gigabytes!r}: expected a number above 0, in 10**9 bytes.")
-    return int((96 if gigabytes is None else gigabytes) * _GB)
+def _bytes(owner: PyTreeCheckpointHandler, name: str, gigabytes: float | None) -> int:
+    optional(positive)(owner, name, gigabytes)
+    return int(min((96 if gigabytes is None else gigabytes) * _GB, sys.maxsize))
 
 
 def _restore_all(stored: StoredTree, defaults: RestoreDefaults, max_inflight_bytes: int) -> list[Any]:
@@ -193,16 +235,20 @@ def _restore_all(stored: StoredTree, defaults: RestoreDefaults, max_inflight_byt
     entries = stored.document.entries
     items, positions = [], []
     for position, entry in enumerate(entries):
-        if not is_empty_node(entry):
-            _, spec = stored.leaf(entry)
+        if not is_empty_node(entry) and (spec := stored.found(entry, defaults.on_corrupt)) is not None:
             request = stored.type_handler(spec).request(None, spec, defaults)
             items.append(RestoreItem(tree.key_path(entry.keys), spec, stored.restoring_handler(spec, request), request))
             positions.append(position)
-    values: list[Any] = [None] * len(entries)
-    leaves = restore_leaves(items, stored.reader, stored.index, max_inflight_bytes, stored.location.url)
+    values: list[Any] = [None if is_empty_node(entry) else ... for entry in entries]
+    leaves = _read(stored, items, defaults, max_inflight_bytes)
     for position, leaf in zip(positions, leaves, strict=True):
         values[position] = leaf
     return values
+
+
+def _read(stored: StoredTree, items: Sequence[RestoreItem], defaults: RestoreDefaults, max_inflight_bytes: int) -> list[Any]:
+    where, how = stored.location.url, defaults.on_corrupt
+    return restore_leaves(items, stored.reader, stored.index, max_inflight_bytes, where, how, stored.lost)
 
 
 class _Wanted:
@@ -248,7 +294,8 @@ class _Wanted:
                 ):
                     continue
                 self._add(position, path, entries[path], value if target is not None else None, requests[position], mismatched)
-        self._refuse(missing, sorted(unexpected), mismatched)
+        if missing or unexpected or mismatched:  # then what else is wrong is told too
+            self._refuse(missing, sorted(unexpected), [*mismatched, *unrestorable(self.items)])
         return structure
 
     def _is_empty_too(self, path: tuple[str, ...], entry: Entry | None, value: Any, mismatched: list[str]) -> bool:
@@ -270,7 +317,9 @@ class _Wanted:
                     f"{path}: a {type(target).__name__} was asked for, but an empty node ({entry.value_type}) is stored"
                 )
             return
-        _, spec = self._stored.leaf(entry)
+        if (spec := self._stored.found(entry, self._defaults.on_corrupt)) is None:
+            self.values[position] = ...
+            return
         try:
             handler, request = self._request(spec, target, request)
         except errors.ArgsTypeError as error:
@@ -319,8 +368,7 @@ class _Wanted:
             )
         if mismatched:
             sections.append(f"\n{len(mismatched)} that do not fit:{errors.listing(mismatched)}")
-        if sections:
-            raise errors.TargetError(f"The target and the checkpoint {self._stored.location.url} differ." + "".join(sections))
+        raise errors.TargetError(f"The target and the checkpoint {self._stored.location.url} differ." + "".join(sections))
 
 
 def _leaf_metadata(stored: StoredTree, entry: Entry, directory: epath.Path) -> Any:

@@ -9,7 +9,7 @@ import abc
 import re
 from collections.abc import Mapping
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import jax
 import numpy as np
@@ -17,10 +17,9 @@ import numpy as np
 from ckptkit import args as args_lib
 from ckptkit import errors, tree
 from ckptkit.handlers.array import ArrayCheckpointHandler
-from ckptkit.handlers.base import AsyncCheckpointHandler
+from ckptkit.handlers.base import DelegatingHandler, folded_args
 from ckptkit.handlers.json import JsonCheckpointHandler
 from ckptkit.handlers.pytree import PyTreeCheckpointHandler
-from ckptkit.registry import Registry
 
 if TYPE_CHECKING:
     from etils import epath
@@ -30,29 +29,27 @@ __all__ = ["JaxRandomKeyCheckpointHandler", "NumpyRandomKeyCheckpointHandler"]
 Json = dict[str, Any]
 
 
-class _RandomKeyHandler(AsyncCheckpointHandler):
+class _RandomKeyHandler(DelegatingHandler):
     """What both have in common: `<key_name>/` holds the values, `<key_name>_metadata/metadata` says what they are."""
+
+    _save_class: ClassVar[type[args_lib.CheckpointArgs]]
 
     def __init__(self, key_name: str, values: ArrayCheckpointHandler | PyTreeCheckpointHandler) -> None:
         args_lib.check_item_name(key_name)
         self._key_name = key_name
         self._values = values
         self._description = JsonCheckpointHandler()
+        super().__init__(self._values, self._description)
 
-    @property
-    def registry(self) -> Registry | None:  # one value, kept where it is used
-        return self._values.registry
-
-    @registry.setter
-    def registry(self, registry: Registry | None) -> None:
-        self._values.registry = self._description.registry = registry
-
-    async def async_save(self, directory: epath.Path, *, args: Any) -> list[Future[Any]] | None:
-        """Stages the key and starts to write it.
+    async def async_save(self, directory: epath.Path, item: Any = None, args: Any = None) -> list[Future[Any]] | None:
+        """Stages the key and starts to write it. `item` is deprecated: `args` says the same, by position too, as in Orbax.
 
         Raises:
           errors.ArgsTypeError: the item is no random key of this kind.
         """
+        if isinstance(item, self._save_class):
+            item, args = None, item
+        args = folded_args(self._save_class, args, item=item)
         value_args, description = self._described(args)
         folder, beside = self._folders(directory)
         folder.mkdir()
@@ -60,7 +57,7 @@ class _RandomKeyHandler(AsyncCheckpointHandler):
         self._description.save(beside, args=args_lib.JsonSave(description))
         return await self._values.async_save(folder, args=value_args)
 
-    def restore(self, directory: epath.Path, *, args: Any = None) -> Any:
+    def restore(self, directory: epath.Path, args: Any = None) -> Any:
         """The key as it was saved.
 
         Raises:
@@ -85,10 +82,6 @@ class _RandomKeyHandler(AsyncCheckpointHandler):
         except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
             what = f"{type(error).__name__}: {error}"
             raise errors.FormatError(f"{directory}: what is stored makes no random key ({what}); it is damaged.") from error
-
-    def close(self) -> None:
-        self._values.close()
-        self._description.close()
 
     def _folders(self, directory: epath.Path) -> tuple[epath.Path, epath.Path]:
         return directory / self._key_name, directory / f"{self._key_name}_metadata"
@@ -116,8 +109,10 @@ class JaxRandomKeyCheckpointHandler(_RandomKeyHandler):
       errors.ArgsError: the name cannot be a folder's.
     """
 
+    _save_class = args_lib.JaxRandomKeySave
+
     def __init__(self, key_name: str | None = None) -> None:
-        super().__init__(key_name or "jax_random_key", ArrayCheckpointHandler())
+        super().__init__("jax_random_key" if key_name is None else key_name, ArrayCheckpointHandler())
 
     @classmethod
     def typestr(cls) -> str:
@@ -160,8 +155,10 @@ class NumpyRandomKeyCheckpointHandler(_RandomKeyHandler):
       errors.ArgsError: the name cannot be a folder's.
     """
 
+    _save_class = args_lib.NumpyRandomKeySave
+
     def __init__(self, key_name: str | None = None) -> None:
-        super().__init__(key_name or "np_random_key", PyTreeCheckpointHandler())
+        super().__init__("np_random_key" if key_name is None else key_name, PyTreeCheckpointHandler())
 
     @classmethod
     def typestr(cls) -> str:

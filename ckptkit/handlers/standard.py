@@ -11,12 +11,11 @@ import numpy as np
 
 from ckptkit import args as args_lib
 from ckptkit import errors, tree
-from ckptkit.handlers.base import AsyncCheckpointHandler, folded_args
+from ckptkit.handlers.base import DeferredPathAsyncCheckpointHandler, DelegatingHandler, PathAwaitingCreation, folded_args
 from ckptkit.handlers.pytree import PyTreeCheckpointHandler
 from ckptkit.metadata.values import TreeMetadata
 from ckptkit.options import MultiprocessingOptions, PyTreeMetadataOptions, RestoreDefaults
 from ckptkit.pipeline.plan import LeafRules
-from ckptkit.registry import Registry
 
 if TYPE_CHECKING:
     from etils import epath
@@ -24,10 +23,10 @@ if TYPE_CHECKING:
 __all__ = ["StandardCheckpointHandler"]
 
 
-class StandardCheckpointHandler(AsyncCheckpointHandler):
+class StandardCheckpointHandler(DelegatingHandler, DeferredPathAsyncCheckpointHandler):
     """Saves trees of jax.Array, np.ndarray, int, float and bool, and of leaf types that plugins add."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - those of `PyTreeCheckpointHandler`
         self,
         *,
         save_concurrent_gb: float = 96,
@@ -36,6 +35,7 @@ class StandardCheckpointHandler(AsyncCheckpointHandler):
         pytree_metadata_options: PyTreeMetadataOptions | None = None,
         use_ocdbt: bool = True,
         use_zarr3: bool = False,
+        zarr3_crc32c: bool = False,
         storage: str | None = None,
         target_data_file_size: int | None = None,
     ) -> None:
@@ -47,24 +47,22 @@ class StandardCheckpointHandler(AsyncCheckpointHandler):
             pytree_metadata_options=pytree_metadata_options,
             use_ocdbt=use_ocdbt,
             use_zarr3=use_zarr3,
+            zarr3_crc32c=zarr3_crc32c,
             storage=storage,
             target_data_file_size=target_data_file_size,
         )
-
-    @property
-    def registry(self) -> Registry | None:  # one value, kept where it is used
-        return self._pytree.registry
-
-    @registry.setter
-    def registry(self, registry: Registry | None) -> None:
-        self._pytree.registry = registry
+        super().__init__(self._pytree)
 
     @classmethod
     def typestr(cls) -> str:
         return "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler"
 
     async def async_save(
-        self, directory: epath.Path, item: Any = None, save_args: Any = None, args: args_lib.StandardSave | None = None
+        self,
+        directory: epath.Path | PathAwaitingCreation,
+        item: Any = None,
+        save_args: Any = None,
+        args: args_lib.StandardSave | None = None,
     ) -> list[Future[Any]]:
         """Stages the tree and starts to write it. `item` and `save_args` are deprecated: `args` says the same.
 
@@ -93,14 +91,12 @@ class StandardCheckpointHandler(AsyncCheckpointHandler):
             casting=args.casting,
             support_layout=args.support_layout,
             devices=args.devices,
+            on_corrupt=args.on_corrupt,
         )
         return self._pytree.restore_tree(directory, args.item, typed_by_target=True, defaults=defaults)
 
     def metadata(self, directory: epath.Path) -> TreeMetadata:
         return self._pytree.metadata(directory)
-
-    def close(self) -> None:
-        self._pytree.close()
 
 
 def _check_tree(item: Any) -> None:

@@ -78,6 +78,8 @@ def fit(spec: LeafSpec, wanted: Wanted, index: Index, parts: Mapping[Index, Arra
         part[tuple(slice(0, n) for n in index_shape(stored))] = parts[stored]
     if part.dtype == wanted.dtype:
         return part
+    if part.dtype.kind == "c" and wanted.dtype.kind not in "cb":
+        part = part.real  # what numpy does too, with a warning of its own
     with np.errstate(all="ignore"):  # the cast was asked for, and one that changes kind has been warned about
         return part.astype(wanted.dtype)
 

@@ -6,6 +6,8 @@ Every method works on a batch, since per-leaf calls are what makes checkpointing
 from __future__ import annotations
 
 import abc
+import functools
+import reprlib
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
@@ -13,6 +15,7 @@ import attrs
 import numpy as np
 
 from ckptkit import errors
+from ckptkit._checks import flag, optional, refuse, validator, whole_number, whole_numbers
 from ckptkit.grid import Array, ArraySpec, Index, index_nbytes
 from ckptkit.options import RestoreDefaults
 
@@ -27,10 +30,14 @@ L = TypeVar("L")
 def _numpy_dtype(dtype: Any) -> np.dtype[Any] | None:
     try:
         return None if dtype is None else np.dtype(dtype)
-    except TypeError as error:
+    except Exception as error:  # numpy parses texts, and asks objects
         raise errors.ArgsTypeError(
-            f"SaveArgs(dtype={dtype!r}): {error}; expected a dtype of numpy, such as jnp.bfloat16."
+            f"SaveArgs(dtype={reprlib.repr(dtype)}): {error}; expected a dtype of numpy, such as jnp.bfloat16."
         ) from error
+
+
+def _axes(axes: Any) -> tuple[int, ...]:
+    return whole_numbers("SaveArgs", "shard_axes", axes, "numbers of axes, such as (0, 1)")
 
 
 @attrs.define(kw_only=True)
@@ -42,12 +49,15 @@ class SaveArgs:
       dtype: cast to this dtype before writing.
       chunk_byte_size: upper bound of a chunk, in bytes.
       shard_axes: axes to cut first when a chunk must become smaller.
+
+    Raises:
+      errors.ArgsError: an argument of another type, or a size that is not above 0.
     """
 
-    aggregate: bool = False
+    aggregate: bool = attrs.field(default=False, validator=validator(flag))
     dtype: Any = attrs.field(default=None, converter=_numpy_dtype)
-    chunk_byte_size: int | None = None
-    shard_axes: tuple[int, ...] = ()
+    chunk_byte_size: int | None = attrs.field(default=None, validator=validator(optional(whole_number("bytes above 0", 1))))
+    shard_axes: tuple[int, ...] = attrs.field(default=(), converter=_axes)
 
 
 @attrs.define(kw_only=True)
@@ -59,6 +69,9 @@ class RestoreArgs:
       dtype: cast to this dtype; None means as stored.
       target: the leaf of the target tree that this was made from, if any.
       defaults: what holds for the whole restore.
+
+    Raises:
+      errors.ArgsError: an argument of another type.
     """
 
     restore_type: Any = None
@@ -66,9 +79,28 @@ class RestoreArgs:
     target: Any = attrs.field(default=None, repr=False)
     defaults: RestoreDefaults = attrs.field(factory=RestoreDefaults, repr=False)
 
+    # One check for all fields, and no validators: there is an instance for every leaf of a restore.
+    def __attrs_post_init__(self) -> None:
+        if self.restore_type is not None and not isinstance(self.restore_type, type):
+            raise refuse(self, "restore_type", self.restore_type, "a type such as np.ndarray, jax.Array or int, or None")
+        if self.dtype is not None and not isinstance(self.dtype, (np.dtype, type)):
+            _check_dtype(self)
+        if not isinstance(self.defaults, RestoreDefaults):
+            raise refuse(self, "defaults", self.defaults, "a RestoreDefaults")
 
-def _as_shape(shape: Sequence[int] | None) -> tuple[int, ...] | None:
-    return None if shape is None else tuple(shape)
+
+def _check_dtype(args: RestoreArgs) -> None:
+    """Refuses what is a dtype neither to numpy nor to jax."""
+    import jax  # noqa: PLC0415 - args need no jax until one of its objects is among them
+
+    try:
+        jax.numpy.issubdtype(args.dtype, np.generic) or np.dtype(args.dtype)
+    except Exception as error:
+        raise refuse(args, "dtype", args.dtype, f"a dtype of numpy, such as jnp.bfloat16 ({error})") from error
+
+
+def _shape(shape: Any) -> tuple[int, ...] | None:
+    return None if shape is None else whole_numbers("ArrayRestoreArgs", "shape", shape, "lengths, such as (2, 3), or None")
 
 
 @attrs.define(kw_only=True)
@@ -78,24 +110,51 @@ class ArrayRestoreArgs(RestoreArgs):
     Attributes:
       restore_type: None means jax.Array, whatever was saved.
       mesh, mesh_axes: a sharding in two parts; used where `sharding` is None.
-      sharding: a `jax.sharding.Sharding`, or a `jax.experimental.layout.Format`.
+      sharding: a `jax.sharding.Sharding`, a `jax.experimental.layout.Format`, or what `metadata` tells of one.
       global_shape, shape: the shape wanted, two names for one thing.
       strict: a stored shape that differs is an error; False pads with zeros or truncates at the end of each axis.
+
+    Raises:
+      errors.ArgsError: an argument of another type, or two shapes that differ.
     """
 
     restore_type: Any = None
     mesh: Any = None
     mesh_axes: Any = None
     sharding: Any = None
-    global_shape: tuple[int, ...] | None = attrs.field(default=None, converter=_as_shape)
-    shape: tuple[int, ...] | None = attrs.field(default=None, converter=_as_shape)
+    global_shape: tuple[int, ...] | None = attrs.field(default=None, converter=_shape)
+    shape: tuple[int, ...] | None = attrs.field(default=None, converter=_shape)
     strict: bool = True
 
     def __attrs_post_init__(self) -> None:
-        if self.shape is not None and self.global_shape is not None and tuple(self.shape) != tuple(self.global_shape):
+        super().__attrs_post_init__()
+        if not isinstance(self.strict, bool):
+            raise refuse(self, "strict", self.strict, "True or False")
+        for name, value in (("sharding", self.sharding), ("mesh", self.mesh), ("mesh_axes", self.mesh_axes)):
+            if (expected := _unplaceable(name, value.__class__)) is not None:
+                raise refuse(self, name, value, expected)
+        if self.shape is not None and self.global_shape is not None and self.shape != self.global_shape:
             raise errors.ArgsError(
                 f"ArrayRestoreArgs: shape={self.shape} and global_shape={self.global_shape} differ; give one of them."
             )
+        if any(n < 0 for n in self.global_shape or self.shape or ()):
+            raise refuse(self, "shape", self.global_shape or self.shape, "lengths that are not below 0", errors.ArgsError)
+
+
+@functools.lru_cache
+def _unplaceable(name: str, kind: Any) -> str | None:
+    """What an argument that says where an array goes should be instead, where instances of `kind` say nothing of it."""
+    import jax  # noqa: PLC0415 - as above
+    from jax.experimental.layout import Format  # noqa: PLC0415 - the same
+
+    from ckptkit.metadata.sharding import ShardingMetadata  # noqa: PLC0415 - it needs jax
+
+    taken, expected = {
+        "sharding": ((jax.sharding.Sharding, Format, ShardingMetadata), "a Sharding or a Format of jax's"),
+        "mesh": ((jax.sharding.Mesh,), "a jax.sharding.Mesh"),
+        "mesh_axes": ((jax.sharding.PartitionSpec,), "a jax.sharding.PartitionSpec"),
+    }[name]
+    return None if issubclass(kind, (*taken, type(None))) else expected
 
 
 class Leaf(NamedTuple):
@@ -175,6 +234,10 @@ class TypeHandler(abc.ABC, Generic[L]):
     def staged_nbytes(self, pieces: Sequence[tuple[L, LeafSpec, Index]]) -> Sequence[int]:
         """Host memory that staging each cell takes, in bytes: its size, or 0 where `stage` returns a view."""
         return [index_nbytes(spec.array, index) if spec.array else 0 for _, spec, index in pieces]
+
+    def through_pinned_host(self) -> TypeHandler[L]:
+        """A type handler that stages by way of the devices' pinned host memory; this one where that makes no difference."""
+        return self
 
     def request(self, target: Any, spec: LeafSpec, defaults: RestoreDefaults) -> RestoreArgs:
         """The request that a leaf of a target tree makes; `target` is None where there is no target tree.

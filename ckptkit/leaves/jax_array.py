@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ckptkit import errors
-from ckptkit.grid import Array, ArraySpec, Index, chunk_indices, fit_chunk_shape, index_nbytes
+from ckptkit.grid import Array, ArraySpec, Index, chunk_indices, fit_chunk_shape, index_nbytes, index_shape
 from ckptkit.leaves._requests import Wanted, clip, fit, resolve
 from ckptkit.leaves.base import ArrayRestoreArgs, Leaf, LeafSpec, Problem, RestoreArgs, SaveArgs, TypeHandler
 from ckptkit.metadata.sharding import ShardingMetadata, encode_sharding, to_jax
@@ -36,6 +36,13 @@ class JaxArrayHandler(TypeHandler[jax.Array]):
 
     typestr = "jax.Array"
     orbax_typestr = "jax.Array"
+
+    def __init__(self, *, pinned_host: bool = False) -> None:
+        """Takes whether to stage by way of the devices' pinned host memory, where they have some."""
+        self._pinned_host = pinned_host
+
+    def through_pinned_host(self) -> JaxArrayHandler:
+        return _through_pinned_host()
 
     def describe(self, leaves: Sequence[Leaf]) -> Sequence[LeafSpec | Problem]:
         problems = _problems([leaf.value for leaf in leaves])
@@ -67,16 +74,21 @@ class JaxArrayHandler(TypeHandler[jax.Array]):
         return owned
 
     def staged_nbytes(self, pieces: Sequence[tuple[jax.Array, LeafSpec, Index]]) -> Sequence[int]:
-        is_view = _viewed()
+        is_view = self._viewed()
         return [0 if is_view(leaf, spec) else index_nbytes(spec.array, index) for leaf, spec, index in pieces if spec.array]
 
     def stage(self, pieces: Sequence[tuple[jax.Array, LeafSpec, Index]]) -> Sequence[Array]:
-        _start_transfers([leaf for leaf, _, _ in pieces])
+        pinned: dict[int, jax.Array] = {}
+        if self._pinned_host:
+            pinned = {i: _in_pinned_host(_raw(leaf), index) for i, (leaf, _, index) in enumerate(pieces) if self._pins(leaf)}
+        _start_transfers([leaf for i, (leaf, _, _) in enumerate(pieces) if i not in pinned])
         cutters: dict[int, Callable[[Index], Array]] = {}
         staged = []
-        for leaf, (_, array, *_), index in pieces:
+        for i, (leaf, (_, array, *_), index) in enumerate(pieces):
             assert array is not None
-            if array.chunk_shape == leaf.shape:  # one cell, so one shard; a key's data has an axis more than the key
+            if i in pinned:
+                data = np.asarray(pinned[i])
+            elif array.chunk_shape == leaf.shape:  # one cell, so one shard; a key's data has an axis more than the key
                 data = np.asarray(leaf)
             else:
                 if (cut := cutters.get(id(leaf))) is None:
@@ -86,6 +98,25 @@ class JaxArrayHandler(TypeHandler[jax.Array]):
                 data = data.astype(array.dtype)
             staged.append(data if data.flags.c_contiguous else np.ascontiguousarray(data))
         return staged
+
+    def _pins(self, leaf: jax.Array) -> bool:
+        return self._pinned_host and _has_pinned_host(leaf.sharding)
+
+    def _viewed(self) -> Callable[[jax.Array, LeafSpec], bool]:
+        """A function that tells whether staging a leaf hands out jax's own memory: on the CPU, where no cast is asked for."""
+        known: dict[Any, bool] = {}
+
+        def is_view(leaf: jax.Array, spec: LeafSpec) -> bool:
+            sharding = leaf.sharding
+            key = (id(sharding), leaf.dtype, spec.array and spec.array.dtype)
+            if (view := known.get(key)) is None:
+                device: Any = next(iter(sharding.device_set))
+                plain = not _is_key(leaf) and spec.array is not None and spec.array.dtype == leaf.dtype
+                on_host = device.platform == "cpu" and leaf.dtype.name not in ("int4", "uint4", "int2", "uint2")
+                view = known[key] = plain and on_host and not self._pins(leaf)
+            return view
+
+        return is_view
 
     def request(self, target: Any, spec: LeafSpec, defaults: RestoreDefaults) -> RestoreArgs:
         if isinstance(target, ArrayMetadata) and _KEY_IMPL in spec.extra:
@@ -193,40 +224,60 @@ def _start_transfers(values: Sequence[jax.Array]) -> None:
                 _raw(value).copy_to_host_async()
 
 
-def _viewed() -> Callable[[jax.Array, LeafSpec], bool]:
-    """A function that tells whether staging a leaf hands out jax's own memory: on the CPU, where no cast is asked for."""
-    known: dict[Any, bool] = {}
+_PINNED_HOST = "pinned_host"
 
-    def is_view(leaf: jax.Array, spec: LeafSpec) -> bool:
-        sharding = leaf.sharding
-        key = (id(sharding), leaf.dtype, spec.array and spec.array.dtype)
-        if (view := known.get(key)) is None:
-            device: Any = next(iter(sharding.device_set))
-            plain = not _is_key(leaf) and spec.array is not None and spec.array.dtype == leaf.dtype
-            view = known[key] = plain and device.platform == "cpu" and leaf.dtype.name not in ("int4", "uint4", "int2", "uint2")
-        return view
 
-    return is_view
+@functools.cache
+def _through_pinned_host() -> JaxArrayHandler:
+    """One for all, since plans are kept by type handler."""
+    return JaxArrayHandler(pinned_host=True)
+
+
+@functools.lru_cache
+def _has_pinned_host(sharding: jax.sharding.Sharding) -> bool:
+    """Whether arrays of a sharding lie elsewhere, on devices that have pinned host memory."""
+    devices: Any = sharding.addressable_devices
+    kinds = {memory.kind for device in devices for memory in device.addressable_memories()}
+    return _PINNED_HOST in kinds and sharding.memory_kind != _PINNED_HOST
+
+
+def _in_pinned_host(value: jax.Array, index: Index) -> jax.Array:
+    """A cell of the grid in pinned host memory, on its way there; cut out on the device, so that no more is copied."""
+    shard, inner = _holder(value)(index)
+    if shard.shape != index_shape(index):
+        # Not by indexing, which compiles anew for every place.
+        shard = jax.lax.dynamic_slice(shard, [each.start for each in inner], index_shape(index))
+    pinned: jax.Array = jax.device_put(shard, shard.sharding.with_memory_kind(_PINNED_HOST))
+    return pinned
 
 
 def _cutter(value: jax.Array) -> Callable[[Index], Array]:
     """A function from a cell of the grid to its values, from whichever local shard holds it."""
-    if len(value.sharding.device_set) == 1:
-        host = np.asarray(value)
-        return lambda index: host[_slices(index)]
-    shards = [(_bounds(shard.index, value.shape), shard.data) for shard in value.addressable_shards]
+    holder = _holder(value)
 
     def cut(index: Index) -> Array:
-        for bounds, data in shards:
-            if all(a <= start and stop <= b for (a, b), (start, stop) in zip(bounds, index, strict=True)):
-                inner = tuple(slice(start - a, stop - a) for (a, _), (start, stop) in zip(bounds, index, strict=True))
-                return np.asarray(data)[inner]
-        raise errors.TreeError(f"no local shard of a jax.Array holds {index}")
+        shard, inner = holder(index)
+        return np.asarray(shard)[inner]
 
     return cut
 
 
-def _slices(index: Index) -> tuple[slice, ...]:
+def _holder(value: jax.Array) -> Callable[[Index], tuple[jax.Array, tuple[slice, ...]]]:
+    """A function from a cell of the grid to a local shard that holds it, and where it is in there."""
+    if len(value.sharding.device_set) == 1:
+        return lambda index: (value, _slices(index))
+    shards = [(_bounds(shard.index, value.shape), shard.data) for shard in value.addressable_shards]
+
+    def hold(index: Index) -> tuple[jax.Array, tuple[slice, ...]]:
+        for bounds, data in shards:
+            if all(a <= start and stop <= b for (a, b), (start, stop) in zip(bounds, index, strict=True)):
+                return data, _slices([(start - a, stop - a) for (a, _), (start, stop) in zip(bounds, index, strict=True)])
+        raise errors.TreeError(f"no local shard of a jax.Array holds {index}")
+
+    return hold
+
+
+def _slices(index: Sequence[tuple[int, int]]) -> tuple[slice, ...]:
     return tuple([slice(start, stop) for start, stop in index])
 
 

@@ -7,7 +7,7 @@ import functools
 import math
 import re
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -229,20 +229,30 @@ def encode_file(shardings: Mapping[str, Mapping[str, Any]]) -> bytes:
     return dump({base64.urlsafe_b64encode(name.encode()).decode(): texts[id(record)] for name, record in shardings.items()})
 
 
-def decode_file(data: bytes, where: str) -> dict[str, dict[str, Any]]:
+def decode_file(data: bytes, where: str, names: Container[str] = ()) -> dict[str, dict[str, Any]]:
     """The records of a `_sharding` file by the arrays' names; equal records are one object, and none is looked into.
+
+    Args:
+      data: the file's bytes.
+      where: the file, for messages.
+      names: of the arrays there are; release 0.4.0 wrote them as they are. Names in base64 cannot all be among them, since the
+        longest of them is longer than what it stands for.
 
     Raises:
       errors.FormatError: not a JSON object of strings, a name that is not base64 of UTF-8, or a record that is not a JSON object.
     """
     records: dict[str, dict[str, Any]] = {}
     shardings = {}
-    for name, text in expect(load(data, where), dict, "the document", where).items():
+    document = expect(load(data, where), dict, "the document", where)
+    plain = all(name in names for name in document)
+    for name, text in document.items():
+        if text == "":
+            continue  # an old release had no record of an array on one device
         record = records.get(expect(text, str, "a sharding", where))
         if record is None:
             record = records[text] = expect(load(text.encode(errors="replace"), where), dict, "a sharding", where)
         try:
-            shardings[base64.b64decode(name, b"-_", validate=True).decode()] = record
+            shardings[name if plain else base64.b64decode(name, b"-_", validate=True).decode()] = record
         except ValueError as error:
             raise malformed(where, f"the name {reprlib.repr(name)} is not base64 of UTF-8 text") from error
     return shardings

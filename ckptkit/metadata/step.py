@@ -21,6 +21,7 @@ class StepMetadata:
     Attributes:
       item_handlers: type string of the handler that wrote it, or of each item's handler by the item's name; None if unknown.
       item_metadata: what that handler, or each item's, says about its content; not part of the file.
+      has_checksums: whether the checkpoint has a list of its files with their checksums; Orbax's have none; not part of the file.
       metrics: the user's numbers about the step.
       performance_metrics: how the save went, in numbers.
       init_timestamp_nsecs: when the save began, in nanoseconds since 1970.
@@ -30,6 +31,7 @@ class StepMetadata:
 
     item_handlers: str | dict[str, str] | None = None
     item_metadata: Any = None
+    has_checksums: bool = False
     metrics: dict[str, Any] = attrs.field(factory=dict)
     performance_metrics: dict[str, float] = attrs.field(factory=dict)
     init_timestamp_nsecs: int | None = None
@@ -37,7 +39,7 @@ class StepMetadata:
     custom_metadata: dict[str, Any] = attrs.field(factory=dict)
 
 
-_FIELDS = [field.name for field in attrs.fields(StepMetadata) if field.name != "item_metadata"]
+_FIELDS = [field.name for field in attrs.fields(StepMetadata) if field.name not in ("item_metadata", "has_checksums")]
 
 
 def encode_step(meta: StepMetadata) -> bytes:

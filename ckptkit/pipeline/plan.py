@@ -29,11 +29,13 @@ class LeafRules:
       refusal: for a type that it does not take, what to do about it; None for others.
       as_array: whether leaves of a type are saved as np.ndarray though they have a type handler.
       arrays_from_protocol: leaves without a type handler are saved as np.ndarray where they have `__array__`.
+      pinned_host: leaves on devices are staged by way of pinned host memory.
     """
 
     refusal: Callable[[type], str | None] = lambda kind: None
     as_array: Callable[[type], bool] = lambda kind: False
     arrays_from_protocol: bool = False
+    pinned_host: bool = False
 
 
 PLAIN = LeafRules()
@@ -217,6 +219,8 @@ def _route(kind: type, registry: Registry, rules: LeafRules) -> _Route:
     handler = registry.type_handler_for(kind)
     if handler is None and rules.arrays_from_protocol and hasattr(kind, "__array__"):
         return _Route(registry.type_handler_for(np.ndarray), as_array=True)
+    if handler is not None and rules.pinned_host:
+        handler = handler.through_pinned_host()
     return _Route(handler, refusal="convert it to an array, a number or a str, or register a TypeHandler for it.")
 
 

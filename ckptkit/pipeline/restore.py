@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import attrs
@@ -16,11 +16,17 @@ from ckptkit._gc import paused_gc
 from ckptkit.grid import Array, ArraySpec, Index, chunk_indices, index_nbytes, index_shape
 from ckptkit.index import IndexDocument
 from ckptkit.leaves.base import LeafSpec, Problem, RestoreArgs, TypeHandler
+from ckptkit.options import OnCorrupt
+from ckptkit.pipeline.check import ChunkRead, chunk_problems
 from ckptkit.pipeline.limits import BATCH_BYTE_SIZE, BATCH_LEAVES
+from ckptkit.pipeline.memory import aligned_empty
 from ckptkit.processes import Job
 from ckptkit.storage.base import PartialReader, Reader
 
-__all__ = ["RestoreItem", "aligned_empty", "restore_leaves"]
+__all__ = ["RestoreItem", "restore_leaves", "unrestorable"]
+
+
+KeyPath = tuple[str, ...]
 
 
 class RestoreItem(NamedTuple):
@@ -33,16 +39,22 @@ class RestoreItem(NamedTuple):
       request: what is wanted.
     """
 
-    key_path: tuple[str, ...]
+    key_path: KeyPath
     spec: LeafSpec
     handler: TypeHandler[Any]
     request: RestoreArgs
 
 
 def restore_leaves(
-    items: Sequence[RestoreItem], reader: Reader, index: IndexDocument | None, max_inflight_bytes: int, where: str
+    items: Sequence[RestoreItem],
+    reader: Reader,
+    index: IndexDocument | None,
+    max_inflight_bytes: int,
+    where: str,
+    on_corrupt: OnCorrupt = "raise",
+    lost: Mapping[KeyPath, errors.CheckpointError] = MappingProxyType({}),
 ) -> list[Any]:
-    """The leaves, in the order of `items`.
+    """The leaves, in the order of `items`; `...` in the place of one that `on_corrupt='skip'` leaves out.
 
     Args:
       items: what to restore.
@@ -50,10 +62,14 @@ def restore_leaves(
       index: their checksums; None where none were written.
       max_inflight_bytes: bound of the bytes that are read ahead of what is assembled (one leaf may exceed it).
       where: the checkpoint, for messages.
+      on_corrupt: what happens where stored bytes are damaged: 'raise' reads everything else, to tell what is whole, and raises;
+        'skip' warns.
+      lost: leaves that are not among `items` because they are known to be damaged.
 
     Raises:
       errors.TargetError: lists every leaf that cannot be restored as requested.
       errors.CorruptCheckpointError: lists every chunk whose bytes differ from its checksum.
+      errors.NotFoundError, errors.FormatError, errors.StorageError: chunks are missing or cannot be read.
     """
     needs = _needs(items, where)
     _warn_of_casts(items)
@@ -62,28 +78,44 @@ def restore_leaves(
     fetches = _parts if index is None and isinstance(reader, PartialReader) else _cells
     batches = list(_restore_batches(items, needs, max_inflight_bytes))
     tracker.expect(sum(batch.byte_count for batch in batches), len(items))
-    leaves: list[Any] = [None] * len(items)
+    leaves: list[Any] = [...] * len(items)
+    damage = {path: [error] for path, error in lost.items()}
     ahead: list[_Reading] = []
     for following in [*batches, None]:
         if following is not None:
             ahead.append(_start_reading(following, items, needs, reader, fetches))
         if ahead and (following is None or len(ahead) > 1):
             reading = ahead.pop(0)
-            reading.future.result()
-            _verify(reading, index, where)
-            for i, leaf in zip(reading.batch.positions, _assemble(reading, items), strict=True):
-                leaves[i] = leaf
+            for key_path, error in _damage(reading, reader, index):
+                damage.setdefault(key_path, []).append(error)
+            if not damage or on_corrupt == "skip":
+                _assemble(reading, items, damage, leaves)
             tracker.advance(reading.batch.byte_count)
+    if damage:
+        _tell(damage, [item.key_path for item in items if item.key_path not in damage], where, on_corrupt)
+        tracker.corrupt += damage
     return leaves
+
+
+def unrestorable(items: Sequence[RestoreItem]) -> list[str]:
+    """For each leaf that cannot be restored as requested, its key path and why."""
+    answers = zip(items, _answers(items), strict=True)
+    return [f"{item.key_path}: {answer.message}" for item, answer in answers if isinstance(answer, Problem)]
+
+
+def _answers(items: Sequence[RestoreItem]) -> list[Any]:
+    """For each leaf the parts that must be read, or the `Problem` with it."""
+    answers: list[Any] = [None] * len(items)
+    for handler, members in _grouped(items).items():
+        found = handler.needs([items[i].spec for i in members], [items[i].request for i in members], Job())
+        for i, answer in zip(members, found, strict=True):
+            answers[i] = answer
+    return answers
 
 
 @paused_gc()
 def _needs(items: Sequence[RestoreItem], where: str) -> list[Sequence[Index]]:
-    needs: list[Any] = [None] * len(items)
-    for handler, members in _grouped(items).items():
-        found = handler.needs([items[i].spec for i in members], [items[i].request for i in members], Job())
-        for i, need in zip(members, found, strict=True):
-            needs[i] = need
+    needs = _answers(items)
     problems = [(item.key_path, need) for item, need in zip(items, needs, strict=True) if isinstance(need, Problem)]
     if not problems:
         return needs
@@ -168,6 +200,7 @@ class _Fetched:
     """A chunk that is being read into `out`, and where its values go besides."""
 
     item: RestoreItem
+    array: ArraySpec
     index: Index
     out: Array
     copies: Sequence[tuple[Array, tuple[slice, ...]]]
@@ -198,13 +231,13 @@ def _start_reading(
         parts.append(buffers)
         if array is not None:
             fetched += fetches(item, array, buffers)
-    future = reader.read([(f.item.spec.array.name, f.index, f.out) for f in fetched if f.item.spec.array is not None])
+    future = reader.read([(f.array.name, f.index, f.out) for f in fetched])
     return _Reading(batch, parts, fetched, future)
 
 
 def _parts(item: RestoreItem, array: ArraySpec, buffers: Mapping[Index, Array]) -> Iterator[_Fetched]:
     """The buffers themselves, whatever chunks they lie in."""
-    return (_Fetched(item, index, buffer, ()) for index, buffer in buffers.items() if buffer.size)
+    return (_Fetched(item, array, index, buffer, ()) for index, buffer in buffers.items() if buffer.size)
 
 
 def _cells(item: RestoreItem, array: ArraySpec, buffers: Mapping[Index, Array]) -> Iterator[_Fetched]:
@@ -212,7 +245,7 @@ def _cells(item: RestoreItem, array: ArraySpec, buffers: Mapping[Index, Array]) 
     if len(buffers) == 1:
         ((index, buffer),) = buffers.items()
         if buffer.size and index == tuple([(0, min(n, c)) for n, c in zip(array.shape, array.chunk_shape, strict=True)]):
-            yield _Fetched(item, index, buffer, ())
+            yield _Fetched(item, array, index, buffer, ())
             return
     cells: dict[Index, list[tuple[Index, Array]]] = {}
     for index, buffer in buffers.items():
@@ -224,7 +257,7 @@ def _cells(item: RestoreItem, array: ArraySpec, buffers: Mapping[Index, Array]) 
             (k for k, (view, _) in enumerate(views) if view.shape == index_shape(cell) and view.flags.c_contiguous), None
         )
         out = aligned_empty(index_shape(cell), array.dtype) if direct is None else views.pop(direct)[0]
-        yield _Fetched(item, cell, out, views)
+        yield _Fetched(item, array, cell, out, views)
 
 
 def _overlap(buffer: Array, index: Index, cell: Index) -> Array:
@@ -237,47 +270,55 @@ def _overlap_slices(inside: Index, other: Index) -> tuple[slice, ...]:
     return tuple([slice(max(a, c) - a, min(b, d) - a) for (a, b), (c, d) in zip(inside, other, strict=True)])
 
 
-def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """An uninitialised C-contiguous array whose memory starts at a multiple of 64 bytes.
-
-    jax's CPU backend adopts such memory without a copy (512 MB: 2 ms instead of 640 ms).
-
-    Raises:
-      errors.StorageError: there is no memory for it.
-    """
-    size = dtype.itemsize
-    for n in shape:
-        size *= n
-    try:
-        memory = np.empty(size + 63, np.uint8)
-    except MemoryError as error:
-        raise errors.StorageError(errno.ENOMEM, f"there is no memory for an array of shape {shape} and dtype {dtype}") from error
-    start = -memory.ctypes.data % 64
-    return memory[start : start + size].view(dtype).reshape(shape)
-
-
-def _verify(reading: _Reading, index: IndexDocument | None, where: str) -> None:
-    """Checks what was read, and copies chunks that did not go straight into their places."""
-    wrong = []
+def _damage(reading: _Reading, reader: Reader, index: IndexDocument | None) -> list[tuple[KeyPath, errors.CheckpointError]]:
+    """What is wrong with what was read, by leaf; chunks that did not go straight into their places are copied there."""
+    chunks = [ChunkRead(f.array, f.index, f.out) for f in reading.fetched]
+    problems = chunk_problems(chunks, reading.future, reader, index)
     for fetched in reading.fetched:
-        array = fetched.item.spec.array
-        assert array is not None
-        if index is not None and (reason := index.check(array, fetched.index, fetched.out)) is not None:
-            wrong.append(f"{fetched.item.key_path}, chunk {fetched.index}: {reason}")
         for view, inner in fetched.copies:
             view[...] = fetched.out[inner]
-    if wrong:
-        raise errors.CorruptCheckpointError(
-            f"{where}: {len(wrong)} chunks differ from what was written:{errors.listing(wrong)}\n"
-            "Restore another checkpoint, or a copy of this one; PyTreeRestore(partial_restore=True) can leave these leaves out."
-        )
+    return [(reading.fetched[i].item.key_path, _naming(error, reading.fetched[i].index)) for i, error in problems.items()]
+
+
+def _naming(error: errors.CheckpointError, index: Index) -> errors.CheckpointError:
+    if type(error) is errors.CorruptCheckpointError:
+        error.args = (f"chunk {index}: {error}",)
+    return error
+
+
+def _tell(
+    damage: Mapping[KeyPath, Sequence[errors.CheckpointError]], whole: Sequence[KeyPath], where: str, on_corrupt: OnCorrupt
+) -> None:
+    """Raises, or warns, that leaves are damaged, and tells which are not."""
+    lines = [f"{path}: {error}" for path, found in damage.items() for error in found]
+    text = (
+        f"{where}: {len(damage)} of {len(damage) + len(whole)} leaves differ from what was written:{errors.listing(lines)}\n"
+        f"{len(whole)} are whole{errors.first_of(whole)}."
+    )
+    if on_corrupt == "skip":
+        warnings.warn(f"{text} Those that are not are `...` in the restored tree.", stacklevel=6)
+        return
+    every = [error for found in damage.values() for error in found]
+    if not any(isinstance(error, errors.CorruptCheckpointError) for error in every):
+        every[0].add_note(text)
+        raise every[0]
+    error = errors.CorruptCheckpointError(
+        f"{text} Restore another checkpoint, or a copy of this one; on_corrupt='skip' restores the leaves that are whole."
+    )
+    error.corrupt, error.whole = tuple(damage), tuple(whole)
+    raise error
 
 
 @paused_gc()
-def _assemble(reading: _Reading, items: Sequence[RestoreItem]) -> Sequence[Any]:
-    members = [items[i] for i in reading.batch.positions]
+def _assemble(reading: _Reading, items: Sequence[RestoreItem], damage: Container[KeyPath], leaves: list[Any]) -> None:
+    """Puts the leaves that are whole into their places."""
+    whole = [(i, part) for i, part in zip(reading.batch.positions, reading.parts, strict=True) if items[i].key_path not in damage]
+    if not whole:
+        return
+    members = [items[i] for i, _ in whole]
     handler = members[0].handler
-    leaves = handler.assemble([item.spec for item in members], [item.request for item in members], reading.parts)
-    if len(leaves) != len(members):
-        raise errors.PluginError(f"{type(handler)}.assemble returned {len(leaves)} leaves for {len(members)}.")
-    return leaves
+    made = handler.assemble([item.spec for item in members], [item.request for item in members], [part for _, part in whole])
+    if len(made) != len(members):
+        raise errors.PluginError(f"{type(handler)}.assemble returned {len(made)} leaves for {len(members)}.")
+    for (i, _), leaf in zip(whole, made, strict=True):
+        leaves[i] = leaf

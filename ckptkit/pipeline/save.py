@@ -77,7 +77,7 @@ class _Budget:
 def start_save(
     plan: SavePlan,
     values: Sequence[Any],
-    location: Location,
+    place: Callable[[], Location],
     documents: Callable[[Mapping[str, list[str]]], Iterable[tuple[str, bytes]]],
 ) -> Future[None]:
     """Stages every leaf, and writes in a thread; returns when the caller may change or donate its arrays.
@@ -88,7 +88,7 @@ def start_save(
     Args:
       plan: how to save.
       values: the leaves of the tree, empty nodes included.
-      location: an existing, empty directory.
+      place: called in the writing thread; gives an existing, empty directory.
       documents: called in the writing thread with the checksums per array; gives name and bytes of the small files to write last.
 
     Returns:
@@ -101,7 +101,7 @@ def start_save(
     tracker.expect(sum([array.nbytes for array in plan.arrays]), sum([len(group.specs) for group in plan.groups]))
     # Not a daemon: the interpreter waits for it at exit, so that a save under way is finished.
     writer = threading.Thread(
-        target=_write, args=(plan, location, batches, budget, documents, tracker, result), name="ckptkit-write", daemon=False
+        target=_write, args=(plan, place, batches, budget, documents, tracker, result), name="ckptkit-write", daemon=False
     )
     try:
         for handler, batch in [(group.handler, batch) for group in plan.groups for batch in group.batches]:
@@ -155,7 +155,7 @@ def _chunks(staged: _Staged) -> Sequence[Chunk]:
 
 def _write(
     plan: SavePlan,
-    location: Location,
+    place: Callable[[], Location],
     batches: SimpleQueue[_Staged | None],
     budget: _Budget,
     documents: Callable[[Mapping[str, list[str]]], Iterable[tuple[str, bytes]]],
@@ -166,6 +166,9 @@ def _write(
     checksums = {array.name: Checksums(array) for array in plan.arrays}
     try:
         _check_wanted(result)  # an interrupted caller that saw no thread yet has not waited for this one
+        location = place()
+        names = [array.name for array in plan.arrays]
+        tracker.covered.update(f"{location.url}/{path}" for path in plan.backend.data_directories(names))
         with paused_gc():
             writer = plan.backend.writer(location, plan.arrays, plan.options, Job())
         try:

@@ -24,7 +24,7 @@ from ckptkit._threads import Workers
 from ckptkit.grid import Array, ArraySpec, Index
 from ckptkit.location import Location
 from ckptkit.storage._futures import joined
-from ckptkit.storage._values import Unread, Value, Values, key_prefix, nbytes_of
+from ckptkit.storage._values import Extent, Unread, Value, Values, key_prefix, nbytes_of
 from ckptkit.storage._zarr_cells import canonicalise, decode, fill_value
 from ckptkit.storage.base import Reader
 from ckptkit.storage.zarr_documents import DOCUMENT_NAMES, MAX_DOCUMENT_NBYTES, Document, Version, parse
@@ -107,6 +107,12 @@ class ChunkReader(Reader):
         if self._closed:
             raise errors.ClosedError(f"{self._location.url}: the reader was closed before this read.")
         return joined([self._pool.submit(self._read_batch, batch) for batch in _batches(requests)])
+
+    def place(self, name: str, index: Index) -> str:
+        listing = self._listed()
+        document = listing.documents.get(key_prefix(name))
+        value = None if document is None else listing.values.get(_key(name, document, index))
+        return f"{value.path} from byte {value.offset} on" if isinstance(value, Extent) else ""
 
     def close(self) -> None:
         self._closed = True
@@ -209,11 +215,10 @@ class ChunkReader(Reader):
 
     def _stored(self, name: str, index: Index) -> tuple[Document, Value | None]:
         listing = self._listed()
-        prefix = key_prefix(name)
-        document = listing.documents.get(prefix)
+        document = listing.documents.get(key_prefix(name))
         if document is None:
             raise errors.NotFoundError(errno.ENOENT, f"there is no array {name!r} here", self._location.url)
-        return document, listing.values.get((prefix + document.chunk_key(index)).encode())
+        return document, listing.values.get(_key(name, document, index))
 
     def _check_size(self, name: str, index: Index, document: Document, value: Value | None) -> None:
         least, most = document.stored_nbytes
@@ -248,6 +253,10 @@ class ChunkReader(Reader):
     def _corrupt(self, name: str, index: Index, what: str) -> errors.CorruptCheckpointError:
         where = f"{self._location.url}: chunk {index} of array {name!r}"
         return errors.CorruptCheckpointError(f"{where} {what}; restore another checkpoint.")
+
+
+def _key(name: str, document: Document, index: Index) -> bytes:
+    return (key_prefix(name) + document.chunk_key(index)).encode()
 
 
 def _lies_as_stored(out: Array, document: Document) -> bool:

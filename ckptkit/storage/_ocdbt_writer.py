@@ -20,7 +20,7 @@ from ckptkit.storage._tensorstore import writing_error
 from ckptkit.storage._values import Bytes, key_prefix
 from ckptkit.storage._zarr_cells import encoded_cell
 from ckptkit.storage.base import ArraySpec, Chunk, Writer
-from ckptkit.storage.zarr_documents import DOCUMENT_NAMES, Document, Version, documented
+from ckptkit.storage.zarr_documents import DOCUMENT_NAMES, Document, documented
 
 __all__ = ["OcdbtWriter"]
 
@@ -33,14 +33,13 @@ class OcdbtWriter(Writer):
         self._files = data_files(location, "", options.target_data_file_size)
         self._entries: list[Entry] = []
         self._documents: dict[str, tuple[int, bytes, Document]] = {}
-        version: Version = 3 if options.use_zarr3 else 2
-        name = DOCUMENT_NAMES[version].encode()
         stored: dict[bytes, Place] = {}  # a model has thousands of arrays and dozens of shapes
-        for group, (array, document, data) in enumerate(documented(arrays, version, options.compression)):
+        for group, (array, document, data) in enumerate(documented(arrays, options)):
             prefix = key_prefix(array.name).encode()
             self._documents[array.name] = group, prefix, document
             if data not in stored:
                 stored[data] = self._store(data)
+            name = DOCUMENT_NAMES[document.version].encode()
             self._entries.append(Entry(prefix + name, stored[data], group, len(prefix)))
 
     def write(self, chunks: Sequence[Chunk]) -> Future[None]:

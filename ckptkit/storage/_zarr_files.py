@@ -21,7 +21,7 @@ from ckptkit.storage._futures import joined
 from ckptkit.storage._values import Bytes, Extent, Value, Values, key_prefix, read_files
 from ckptkit.storage._zarr_cells import encoded_cell
 from ckptkit.storage.base import ArraySpec, Chunk, Writer
-from ckptkit.storage.zarr_documents import DOCUMENT_NAMES, Document, Version, documented
+from ckptkit.storage.zarr_documents import DOCUMENT_NAMES, Document, documented
 
 __all__ = ["FileValues", "FileWriter", "create_file", "holds_document"]
 
@@ -90,14 +90,13 @@ class FileWriter(Writer):
     def __init__(
         self, create: Callable[[str, Any], None], threads: int, arrays: Sequence[ArraySpec], options: StorageOptions
     ) -> None:
-        version: Version = 3 if options.use_zarr3 else 2
         self._create = create
         self._pool = Workers(threads, "ckptkit-write-files")
         self._documents: dict[str, Document] = {}
         files: list[tuple[str, Any]] = []
-        for array, document, data in documented(arrays, version, options.compression):
+        for array, document, data in documented(arrays, options):
             self._documents[array.name] = document
-            files.append((key_prefix(array.name) + DOCUMENT_NAMES[version], data))
+            files.append((key_prefix(array.name) + DOCUMENT_NAMES[document.version], data))
         batches = [files[i : i + _BATCH_FILES] for i in range(0, len(files), _BATCH_FILES)]
         self._writing = [self._pool.submit(self._write_documents, batch) for batch in batches]
 

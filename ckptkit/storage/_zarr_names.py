@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Final
 
+from ckptkit.file_list import FILE_LIST
 from ckptkit.index import INDEX_FILE
 from ckptkit.metadata.arrays import ARRAYS_DIRECTORY, STRINGS_FILE
 from ckptkit.metadata.json import encodable
@@ -23,7 +24,7 @@ _MAX_PART_NBYTES: Final = 255
 _TAKEN: Final = {
     name.lower()
     for name in (
-        *(INDEX_FILE, SHARDING_FILE, STEP_FILE, STRINGS_FILE, TREE_FILE, ARRAYS_DIRECTORY),
+        *(FILE_LIST, INDEX_FILE, SHARDING_FILE, STEP_FILE, STRINGS_FILE, TREE_FILE, ARRAYS_DIRECTORY),
         *("ckptkit_writer.txt", "commit_success.txt", "manifest.ocdbt", "orbax.checkpoint"),
     )
 }

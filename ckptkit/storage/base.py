@@ -8,7 +8,7 @@ C-contiguous and writable. Checksums are the pipeline's affair.
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, ClassVar
 
@@ -71,6 +71,10 @@ class Reader(abc.ABC):
         failed reads, `errors.CorruptCheckpointError` for bytes that cannot be decoded.
         """
 
+    def place(self, name: str, index: Index) -> str:
+        """The file, below the directory, and the first byte of a chunk as it is stored, in words; '' where that is not known."""
+        return ""
+
     @abc.abstractmethod
     def close(self) -> None:
         """Releases files and memory."""
@@ -103,6 +107,16 @@ class StorageBackend(abc.ABC):
     @abc.abstractmethod
     def reader(self, location: Location) -> Reader:
         """A reader of a directory that this backend wrote, or that another program wrote in its format."""
+
+    def data_directories(self, names: Iterable[str]) -> Iterable[str]:
+        """Directories, by their paths in the checkpoint's, of files of which a reader uses only what arrays and chunks say.
+
+        Their checksums need not be in the checkpoint's list of files, since the index checks whatever is read from them.
+
+        Args:
+          names: of all arrays.
+        """
+        return ()
 
     @abc.abstractmethod
     def recognises(self, location: Location) -> bool:

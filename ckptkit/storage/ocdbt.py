@@ -6,7 +6,7 @@ The database lies in the directory itself (`manifest.ocdbt`, `d/`). An array nam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import tensorstore as ts
 
@@ -42,6 +42,9 @@ class OcdbtBackend(StorageBackend):
         with mapped_tensorstore_errors(location.url):
             base = ts.KvStore.open(location.kvstore(), context=context).result()
         return ChunkReader(location, OcdbtValues(location, base, context))
+
+    def data_directories(self, names: Iterable[str]) -> Iterable[str]:
+        return ("d",)  # values of chunks and documents, and nodes, whose checksums TensorStore verifies
 
     def recognises(self, location: Location) -> bool:
         return location.exists(MANIFEST)

@@ -7,7 +7,7 @@ zarr, are what it is for.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import tensorstore as ts
@@ -54,6 +54,9 @@ class ZarrBackend(StorageBackend):
         if location.local_path is not None:
             return ChunkReader(location, FileValues(location.local_path))
         return ChunkReader(location, _remote_values.RemoteValues(_store(location), location.url))
+
+    def data_directories(self, names: Iterable[str]) -> Iterable[str]:
+        return (name.rstrip("/") for name in names)
 
     def recognises(self, location: Location) -> bool:
         if location.exists("manifest.ocdbt"):

@@ -19,6 +19,7 @@ import attrs
 import numpy as np
 
 from ckptkit import errors
+from ckptkit.options import StorageOptions
 from ckptkit.storage._zarr_dtypes import V2_DTYPES, V3_DTYPES, substitute, v2_name
 from ckptkit.storage.base import ArraySpec, Index
 
@@ -156,30 +157,36 @@ class Document:
         return attrs.evolve(self, shape=(), chunk_shape=(), codecs=codecs).stacked(1)
 
 
-def emit(array: ArraySpec, version: Version, compression: Compression = None) -> bytes:
+def emit(array: ArraySpec, version: Version, compression: Compression = None, *, crc32c: bool = False) -> bytes:
     """The document of an array stored in C order, little-endian, with nothing left out."""
-    return _emit(array.shape, array.chunk_shape, array.dtype, version, compression)
+    return _emit(array.shape, array.chunk_shape, array.dtype, version, compression, crc32c)
 
 
 @functools.lru_cache(maxsize=1024)
 def _emit(
-    shape: tuple[int, ...], chunk_shape: tuple[int, ...], dtype: np.dtype[Any], version: Version, compression: Compression
+    shape: tuple[int, ...],
+    chunk_shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    version: Version,
+    compression: Compression,
+    crc32c: bool,  # noqa: FBT001 - the cache takes it in any order
 ) -> bytes:
     fields = _fields_v2(shape, chunk_shape, dtype) if version == 2 else _fields_v3(shape, chunk_shape, dtype)
     if compression is not None and version == 2:
         fields["compressor"] = {"id": compression, "level": 1}
     elif compression is not None:
         fields["codecs"].append({"name": compression, "configuration": {"level": 1}})
+    if crc32c:
+        fields["codecs"].append({"name": "crc32c"})
     return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
 
 
-def documented(
-    arrays: Sequence[ArraySpec], version: Version, compression: Compression
-) -> Iterator[tuple[ArraySpec, Document, bytes]]:
+def documented(arrays: Sequence[ArraySpec], options: StorageOptions) -> Iterator[tuple[ArraySpec, Document, bytes]]:
     """Each array with its document, parsed and as bytes; those that are the same are parsed once."""
+    version: Version = 3 if options.use_zarr3 else 2
     parsed = functools.cache(functools.partial(parse, version=version))
     for array in arrays:
-        data = emit(array, version, compression)
+        data = emit(array, version, options.compression, crc32c=options.zarr3_crc32c)
         document = parsed(data)
         assert document is not None  # narrows the type: what `emit` made is an array
         yield array, document, data

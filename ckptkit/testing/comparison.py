@@ -22,7 +22,7 @@ def abstract(tree: Any) -> Any:
 
 
 def assert_same(found: Any, expected: Any, where: str = "") -> None:
-    """Equal containers of equal classes; leaves equal in type, dtype, shape, sharding and every bit, others by `==`.
+    """Equal containers of equal classes; arrays equal in type, dtype, shape, sharding and every bit, others by `==`, or both nan.
 
     Raises:
       AssertionError: they differ; names the place, and both values there.
@@ -41,7 +41,9 @@ def assert_same(found: Any, expected: Any, where: str = "") -> None:
         assert (type(found), found.dtype, found.shape) == (np.ndarray, expected.dtype, expected.shape), (where, found, expected)
         assert found.tobytes() == expected.tobytes(), (where, found, expected)
     else:
-        assert (type(found), found) == (type(expected), expected), (where, found, expected)
+        both_nan = isinstance(expected, float) and expected != expected and found != found  # noqa: PLR0124 - what nan is
+        assert type(found) is type(expected), (where, found, expected)
+        assert both_nan or found == expected, (where, found, expected)
 
 
 def _assert_same_array(found: Any, expected: jax.Array, where: str) -> None:

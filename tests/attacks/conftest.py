@@ -1,14 +1,14 @@
-"""What a stranger starts from: small checkpoints that are sound until a test changes them."""
+"""What a stranger starts from: small checkpoints, without lists of their files, that are sound until a test changes them."""
 
 from __future__ import annotations
 
-import os
 import tempfile
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sandbox import unlisted
 
 import ckptkit
 from ckptkit import args
@@ -18,7 +18,7 @@ from ckptkit.handlers import PyTreeCheckpointHandler
 def _saved(path: Any, **options: Any) -> str:
     with ckptkit.Checkpointer(PyTreeCheckpointHandler(**options)) as checkpointer:
         checkpointer.save(path, args.PyTreeSave({"a": jnp.arange(1000.0), "b": {"n": np.arange(4), "s": "text"}}))
-    return os.fspath(path)
+    return unlisted(path)
 
 
 @pytest.fixture

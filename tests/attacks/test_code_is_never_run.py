@@ -61,7 +61,7 @@ def test_an_array_of_pickles_is_refused(files, tmp_path):
     trap = os.fspath(tmp_path / "executed")
     edited(files, "a/.zarray", lambda document: document.update(dtype="|O", filters=[{"id": "pickle"}]))
     write(files, "a/0", pickle.dumps(Bomb(trap)))
-    with pytest.raises(errors.FormatError, match="dtype"):
+    with pytest.raises(errors.CorruptCheckpointError, match="dtype"):
         ckptkit.restore(files)
     assert not os.path.exists(trap)
 

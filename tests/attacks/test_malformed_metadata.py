@@ -8,7 +8,7 @@ from pathlib import Path
 import malformed
 import pytest
 from corruption import saved
-from sandbox import NEEDS_LINUX, open_damaged
+from sandbox import NEEDS_LINUX, open_damaged, unlisted
 
 pytestmark = NEEDS_LINUX
 
@@ -23,7 +23,7 @@ OLD = ("0.4.8.zip", "manager_items/3/state")
 def sound(directory, name):
     """A checkpoint to start from; 'aggregate' is one of an older release, with everything in a file of msgpack."""
     if name != "aggregate":
-        return saved(directory / name, name, 7)
+        return unlisted(saved(directory / name, name, 7))
     with zipfile.ZipFile(Path(__file__).parent.parent / "data" / "old_checkpoints" / OLD[0]) as archive:
         archive.extractall(directory)
     return directory / OLD[1]

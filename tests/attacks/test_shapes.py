@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from sandbox import NEEDS_LINUX, Damage, open_damaged, read
+from sandbox import NEEDS_LINUX, Damage, open_damaged, read, unlisted
 
 import ckptkit
 from ckptkit import args
@@ -63,6 +63,7 @@ def test_no_lie_in_the_document_of_an_array_is_believed(tmp_path, use_zarr3, fil
     handler = PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=use_zarr3)
     ckptkit.Checkpointer(handler).save(tmp_path / "c", args.PyTreeSave({"a": np.arange(1000, dtype="f4")}))
     document = json.loads(read(tmp_path / "c", file))
+    unlisted(tmp_path / "c")
     damages = [Damage(file, json.dumps(lie).encode()) for lie in lies(document)]
     outcomes = open_damaged(tmp_path / "c", damages)
     bad = [(d.data, o) for d, o in zip(damages, outcomes, strict=True) if o.kind in ("foreign", "crash", "hang")]

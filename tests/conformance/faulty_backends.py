@@ -18,7 +18,8 @@ import numpy as np
 from ckptkit import errors
 from ckptkit.storage import ArraySpec, Reader, StorageBackend, Writer, chunk_indices
 
-LIST = "plain.json"
+FOLDER = "plain"
+LIST = f"{FOLDER}/list.json"
 
 
 def done(error=None):
@@ -48,6 +49,7 @@ class PlainWriter(Writer):
 
     def create(self, name, data):
         try:
+            Path(self.directory, FOLDER).mkdir(exist_ok=True)
             Path(self.directory, name).write_bytes(data)
         except OSError as error:
             raise errors.StorageError(error.errno, error.strerror, name) from error
@@ -55,7 +57,7 @@ class PlainWriter(Writer):
 
 def file_of(name, index):
     readable = base64.urlsafe_b64encode(name.encode()).decode()
-    return f"{readable}@{'_'.join(str(start) for start, _ in index)}.bin"
+    return f"{FOLDER}/{readable}@{'_'.join(str(start) for start, _ in index)}.bin"
 
 
 class PlainReader(Reader):
@@ -104,6 +106,9 @@ class Plain(StorageBackend):
 
     def reader(self, location):
         return self.Reader(location)
+
+    def data_directories(self, names):
+        return (FOLDER,)
 
     def recognises(self, location):
         return location.exists(LIST)
@@ -203,13 +208,13 @@ class FollowsNames(PlainWriter):
 
 
 class Stale(PlainReader):
-    """Hands out what was read of a chunk of this name before, wherever that was."""
+    """Hands out what was read of a chunk of this array and shape before, wherever that was."""
 
     seen: ClassVar = {}
 
     def fill(self, name, index, out):
         super().fill(name, index, out)
-        out[...] = self.seen.setdefault((name, index, out.dtype, out.shape), out.copy())
+        out[...] = self.seen.setdefault((name, out.dtype, out.shape), out.copy())
 
 
 class MisShapes(PlainReader):

@@ -15,7 +15,6 @@ from ckptkit.leaves.string import StringHandler
 from ckptkit.testing import TypeHandlerTests, abstract
 from ckptkit.testing.strategies import JAX_DTYPES, NUMPY_DTYPES, mesh, values
 
-DOCUMENTS_ARE_UNCHECKED = "the files beside the arrays (_strings.json, array_metadatas) carry no checksum yet"
 SHAPES = [(), (8,), (4, 2), (0, 3), (8, 2, 3), (5, 1)]
 
 
@@ -72,10 +71,6 @@ class TestTypedKeys(TypeHandlerTests):
     def spoil(self, leaf):
         leaf.delete()
 
-    @pytest.mark.xfail(reason=DOCUMENTS_ARE_UNCHECKED)
-    def test_damage_is_an_error(self, make_leaf, location, with_handler):
-        super().test_damage_is_an_error(make_leaf, location, with_handler)
-
 
 class TestNumpy(TypeHandlerTests):
     leaf_types = np.ndarray
@@ -123,10 +118,6 @@ class TestStrings(TypeHandlerTests):
 
     def targets(self, leaf):
         return [(leaf, leaf), ("", leaf)]
-
-    @pytest.mark.xfail(reason=DOCUMENTS_ARE_UNCHECKED)
-    def test_damage_is_an_error(self, make_leaf, location, with_handler):
-        super().test_damage_is_an_error(make_leaf, location, with_handler)
 
 
 class TestBFloat16(TestNumpy):

@@ -18,7 +18,7 @@ from ckptkit.handlers import AsyncCheckpointHandler, CheckpointHandler, Standard
 from ckptkit.hookspecs import hookimpl
 from ckptkit.leaves import ArrayRestoreArgs, RestoreArgs, SaveArgs
 from ckptkit.options import AsyncOptions, FileOptions, MultiprocessingOptions
-from ckptkit.reports import ProgressEvent, RestoreReport, SaveReport
+from ckptkit.reports import CleanReport, Part, ProgressEvent, RestoreReport, SaveReport, VerifyReport
 
 
 def everyday(path: pathlib.Path, tree: dict[str, jax.Array]) -> None:
@@ -27,7 +27,11 @@ def everyday(path: pathlib.Path, tree: dict[str, jax.Array]) -> None:
     ckptkit.save(epath.Path("path"), {"a": 1})
     assert_type(ckptkit.restore(path), Any)
     assert_type(ckptkit.restore(path, tree), Any)
+    assert_type(ckptkit.restore(path, tree, on_corrupt="skip"), Any)
     assert_type(ckptkit.save_async(path, tree).done(), bool)
+    assert_type(ckptkit.verify(path), VerifyReport)
+    assert_type(ckptkit.verify(str(path)).corrupt, list[Part])
+    assert_type(ckptkit.clean(path, dry_run=True), CleanReport)
 
 
 def checkpointers(path: pathlib.Path, tree: Any) -> None:

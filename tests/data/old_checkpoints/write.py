@@ -5,8 +5,9 @@
     python write.py 0.2.7.zip
 
 runs with any release from 0.2.3 on, in an environment of its own with the packages of its day (those before need an older jax
-than Python 3.11 can have). The archive holds one directory for each kind of checkpoint (a kind that the release cannot write
-is left out, and why is told) and `expected.json`, which describes every value saved and names the versions that wrote it.
+than Python 3.11 can have); names of kinds after the archive's write those alone. The archive holds one directory for each kind
+of checkpoint (a kind that the release cannot write is left out, and why is told) and `expected.json`, which describes every
+value saved and names the versions that wrote it.
 """
 
 from __future__ import annotations
@@ -154,6 +155,18 @@ def array_aggregate(path):
 
 
 @kind
+def named_pytree_aggregate(path):
+    return save(path, tree_with_empty_nodes(), aggregate=lambda _: True, use_ocdbt=False, aggregate_filename="leaves")
+
+
+@kind
+def named_array_aggregate(path):
+    value = np.arange(6, dtype=np.float32).reshape(2, 3)
+    ocp.Checkpointer(ocp.ArrayCheckpointHandler("weights")).save(path, value, save_args=ocp.SaveArgs(aggregate=True))
+    return value
+
+
+@kind
 def jax_random_key(path):
     key = jax.random.PRNGKey(7)
     ocp.Checkpointer(ocp.JaxRandomKeyCheckpointHandler()).save(path, args=ocp.args.JaxRandomKeySave(key))
@@ -257,12 +270,12 @@ def described(value):
     return {"type": "plain", "value": value}
 
 
-def main(out):
+def main(out, *kinds):
     written, refused = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, write in WRITERS.items():
+        for name in kinds or WRITERS:
             try:
-                written[name] = described(write(Path(folder, name)))
+                written[name] = described(WRITERS[name](Path(folder, name)))
             except Exception as error:
                 refused[name] = f"{type(error).__name__}: {error}"[:200]
         versions = {package: importlib.metadata.version(package) for package in ("orbax-checkpoint", "jax", "tensorstore")}
@@ -279,4 +292,4 @@ def main(out):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -1,0 +1,125 @@
+"""The command line. A command is one function: its name, its docstring as help, its arguments, and what runs it.
+
+Exit status: 0, all is well (verify: the checkpoint is whole); 1, something is wrong with a checkpoint (verify: bytes differ
+from what was written, or are missing); 2, it cannot be told (verify: no checksums to compare with; no checkpoint; files that
+cannot be read; wrong arguments).
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import attrs
+
+from ckptkit import commit, errors, progress
+from ckptkit.hookspecs import hookimpl
+from ckptkit.reports import ProgressEvent
+from ckptkit.verification import verify
+
+__all__ = ["main"]
+
+Run = Callable[[argparse.Namespace], int]
+
+_STATUS: Final = {"whole": 0, "corrupt": 1, "unchecked": 2}
+_VERDICT: Final = {
+    "whole": "whole: every byte is as it was written",
+    "corrupt": "corrupt",
+    "unchecked": "readable, but without a list of checksums: whether the bytes are as they were written cannot be told",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; the exit status is returned."""
+    parser = argparse.ArgumentParser(prog="ckptkit", description="Looks after checkpoints of ckptkit and Orbax.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for declare in _COMMANDS:
+        text = inspect.getdoc(declare) or ""
+        command = commands.add_parser(declare.__name__.strip("_"), help=text.partition("\n")[0], description=text)
+        command.set_defaults(run=declare(command))
+    options = parser.parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except errors.CheckpointError as error:
+        sys.stderr.write(f"ckptkit: {error}\n")
+        return 1 if isinstance(error, errors.CorruptCheckpointError) else 2
+
+
+def _verify(command: argparse.ArgumentParser) -> Run:
+    """Reads every byte of a checkpoint and compares it with its checksum.
+
+    Exit status: 0 whole, 1 corrupt, 2 cannot be told (no checksums, as in Orbax's checkpoints; no checkpoint; not readable).
+    """
+    command.add_argument("path", help="a checkpoint")
+    command.add_argument("--json", action="store_true", help="print the whole report as JSON")
+    command.add_argument("--verbose", "-v", action="store_true", help="print what is whole, too")
+
+    def run(options: argparse.Namespace) -> int:
+        report = verify(options.path, observers=_observers())
+        if options.json:
+            _print_json({"state": report.state, **attrs.asdict(report)})
+            return _STATUS[report.state]
+        for part in (*report.files, *report.leaves):
+            if options.verbose or part.state == "corrupt":
+                sys.stdout.write(f"{part.state}  {part.name}  {part.byte_count} bytes{part.problem and ': '}{part.problem}\n")
+        speed = f"{report.byte_count / 1e6:.1f} MB in {report.total_secs:.2f} s"
+        counts = f"{len(report.files)} files, {len(report.leaves)} leaves, {len(report.corrupt)} corrupt"
+        sys.stdout.write(f"{report.path}: {_VERDICT[report.state]} ({counts}; {speed})\n")
+        return _STATUS[report.state]
+
+    return run
+
+
+def _clean(command: argparse.ArgumentParser) -> Run:
+    """Removes what killed saves left in a directory of checkpoints.
+
+    What a live writer holds, and what another program wrote, is left alone.
+    """
+    command.add_argument("root", help="the directory that holds checkpoints")
+    command.add_argument("--dry-run", "-n", action="store_true", help="only print what would be done")
+    command.add_argument("--json", action="store_true", help="print the report as JSON")
+
+    def run(options: argparse.Namespace) -> int:
+        report = commit.clean(options.root, dry_run=options.dry_run)
+        if options.json:
+            _print_json(attrs.asdict(report))
+            return 0
+        would = "would be " if options.dry_run else ""
+        lines = [f"{would}removed: {path}" for path in report.removed]
+        lines += [f"{would}restored: {path}" for path in report.restored]
+        lines += [f"kept: {path} ({reason})" for path, reason in report.kept.items()]
+        sys.stdout.write("".join(f"{line}\n" for line in lines or ["nothing to do"]))
+        return 0
+
+    return run
+
+
+_COMMANDS: Final[Sequence[Callable[[argparse.ArgumentParser], Run]]] = (_verify, _clean)
+
+
+class _Lines:
+    """A line on stderr for each event."""
+
+    @hookimpl
+    def ckptkit_progress(self, event: ProgressEvent) -> None:
+        """Writes how many bytes are done, and of how many."""
+        done, total = event.done_byte_count / 1e6, event.total_byte_count / 1e6
+        sys.stderr.write(f"{event.operation} {event.path}: {done:.1f} of {total:.1f} MB\n")
+
+
+def _observers() -> list[Any]:
+    """Whoever shows progress: a bar where tqdm is installed, else lines; nobody where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        return []
+    try:
+        return [progress.TqdmProgress()]
+    except errors.ArgsError:
+        return [_Lines()]
+
+
+def _print_json(document: Any) -> None:
+    sys.stdout.write(f"{json.dumps(document, indent=2)}\n")

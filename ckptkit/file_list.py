@@ -1,0 +1,174 @@
+"""The list of a checkpoint's files, with their sizes and checksums: `ckptkit_files.json` in its root.
+
+It is written when all others are, and has every file, whichever handler wrote it, except those of which a restore uses nothing
+but arrays and chunks: the index beside them says what those must be (see `StorageBackend.data_directories`). Checksums are
+XXH3 with 64 bits, as in the index. The list begins with the checksum of the rest of itself. Orbax ignores the file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Final, NamedTuple
+
+import attrs
+import xxhash
+
+from ckptkit import errors
+from ckptkit._marker import is_of_commits
+from ckptkit._threads import Workers
+from ckptkit.location import Location
+from ckptkit.metadata import json
+
+__all__ = ["FILE_LIST", "FileList", "Listed", "read_file_list", "write_file_list"]
+
+FILE_LIST: Final = "ckptkit_files.json"
+
+_VERSION: Final = 1
+_ALGORITHM: Final = "xxh3_64"
+_SEAL: Final = re.compile(rb'\{"checksum": "([0-9a-f]{16})", ')
+
+
+class Listed(NamedTuple):
+    """What a file must be.
+
+    Attributes:
+      size: in bytes.
+      checksum: 16 hexadecimal digits.
+    """
+
+    size: int
+    checksum: str
+
+
+@attrs.frozen
+class FileList:
+    """The files of a checkpoint, by their paths below it."""
+
+    files: Mapping[str, Listed]
+
+    def check(self, location: Location, wanted: Callable[[str], bool]) -> None:
+        """Reads the files that are `wanted`, by path.
+
+        Raises:
+          errors.NotFoundError: files are missing; names them.
+          errors.CorruptCheckpointError: files differ from what was written; names them, and those that are missing.
+          errors.StorageError: a file cannot be read.
+        """
+        chosen = {path: listed for path, listed in self.files.items() if wanted(path)}
+        problems = self.problems(location, chosen)
+        for problem in problems.values():
+            if isinstance(problem, errors.StorageError):
+                raise problem
+        if not problems:
+            return
+        missing = all(isinstance(problem, errors.NotFoundError) for problem in problems.values())
+        what = "are missing" if missing else "differ from what was written"
+        whole = [path for path in chosen if path not in problems]
+        raise (errors.NotFoundError if missing else errors.CorruptCheckpointError)(
+            f"{location.url}: {len(problems)} of {len(chosen)} files {what}:"
+            f"{errors.listing(f'{path}: {_reason(problem)}' for path, problem in problems.items())}\n"
+            f"{len(whole)} are whole{errors.first_of(whole)}. Restore another checkpoint, or a copy of this one; of a composite, "
+            f"items whose files are whole can be restored by name. (Was a file changed on purpose? Then remove {FILE_LIST} too.)"
+        )
+
+    def problems(
+        self, location: Location, files: Mapping[str, Listed], advance: Callable[[int], None] = lambda nbytes: None
+    ) -> dict[str, errors.CheckpointError]:
+        """What is wrong with which of some files; `advance` is told the bytes of each once it was read."""
+
+        def problem(path: str, listed: Listed) -> errors.CheckpointError | None:
+            try:
+                found = _measured(location, path)
+            except errors.CheckpointError as error:
+                return error
+            finally:
+                advance(listed.size)
+            if found == listed:
+                return None
+            expected = f"{listed.size} bytes with checksum {listed.checksum}"
+            return errors.CorruptCheckpointError(f"{found.size} bytes with checksum {found.checksum}, expected {expected}")
+
+        with _workers(files) as workers:
+            checking = {path: workers.submit(problem, path, listed) for path, listed in files.items()}
+            found = {path: future.result() for path, future in checking.items()}
+        return {path: error for path, error in found.items() if error is not None}
+
+
+def write_file_list(location: Location, covered: Collection[str], late: Mapping[str, bytes]) -> None:
+    """Lists what is in a directory.
+
+    Args:
+      location: of the checkpoint that is about to be committed.
+      covered: URLs of directories whose files an index covers.
+      late: files that are written after the list.
+
+    Raises:
+      errors.ArgsError: a handler wrote a file of the list's own name.
+      errors.StorageError: a file cannot be read, or the list cannot be written.
+    """
+    root = f"{location.url.rstrip('/')}/"
+    found = location.files({url.removeprefix(root) for url in covered})
+    paths = [path for path in found if not is_of_commits(path)]
+    if FILE_LIST in paths:
+        raise errors.ArgsError(f"{location.url}: a handler wrote {FILE_LIST!r}, the name of the checkpoint's list of files.")
+    with _workers(paths) as workers:
+        measuring = {path: workers.submit(_measured, location, path) for path in paths}
+        files = {path: future.result() for path, future in measuring.items()}
+    files |= {name: Listed(len(data), xxhash.xxh3_64_hexdigest(data)) for name, data in late.items()}
+    location.write_bytes(FILE_LIST, _encode(files))
+
+
+def read_file_list(location: Location) -> FileList | None:
+    """The list of a checkpoint; None where there is none, as in Orbax's.
+
+    Raises:
+      errors.CorruptCheckpointError: it is not as it was written.
+      errors.FormatError: a later version wrote it.
+    """
+    if not location.exists(FILE_LIST):
+        return None
+    return _decode(location.read_bytes(FILE_LIST), f"{location.url}/{FILE_LIST}")
+
+
+def _workers(files: Collection[str]) -> Workers:
+    return Workers(max(1, min(4, os.cpu_count() or 1, len(files))), "ckptkit-files")
+
+
+def _measured(location: Location, path: str) -> Listed:
+    size, checksum = 0, xxhash.xxh3_64()
+    for block in location.blocks(path):
+        size += len(block)
+        checksum.update(block)
+    return Listed(size, checksum.hexdigest())
+
+
+def _encode(files: Mapping[str, Listed]) -> bytes:
+    body = json.dump_exact({"version": _VERSION, "algorithm": _ALGORITHM, "files": files})[1:]
+    return b'{"checksum": "%b", %b' % (xxhash.xxh3_64_hexdigest(body).encode(), body)
+
+
+def _decode(data: bytes, where: str) -> FileList:
+    sealed = _SEAL.match(data)
+    if sealed is None or xxhash.xxh3_64_hexdigest(memoryview(data)[sealed.end() :]).encode() != sealed[1]:
+        raise errors.CorruptCheckpointError(
+            f"{where}: the list of the checkpoint's files differs from what was written; nothing tells what they should be. "
+            "Restore another checkpoint, or a copy of this one; removing the list allows to restore without it."
+        )
+    document = json.expect(json.load(data, where), dict, "the document", where)
+    if (document.get("version"), document.get("algorithm")) != (_VERSION, _ALGORITHM):
+        raise errors.FormatError(f"{where}: version {document.get('version')!r}, expected {_VERSION}; a newer ckptkit wrote it.")
+    files = json.expect(document.get("files"), dict, "files", where)
+    return FileList({path: _listed(value, path, where) for path, value in files.items()})
+
+
+def _listed(value: Any, path: str, where: str) -> Listed:
+    match value:
+        case [int(size), str(checksum)] if size >= 0:
+            return Listed(size, checksum)
+    raise json.unexpected(where, f"the entry of {path!r}", value, "a size and a checksum")
+
+
+def _reason(error: errors.CheckpointError) -> str:
+    return "missing" if isinstance(error, errors.NotFoundError) else str(error)

@@ -1,0 +1,105 @@
+"""Whether what was read is what was written: chunk by chunk, so that what is whole can be told from what is not."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from typing import NamedTuple
+
+from ckptkit import errors
+from ckptkit.grid import Array, ArraySpec, Index, chunk_indices, index_nbytes, index_shape
+from ckptkit.index import IndexDocument
+from ckptkit.pipeline.limits import BATCH_BYTE_SIZE, BATCH_LEAVES
+from ckptkit.pipeline.memory import aligned_empty
+from ckptkit.storage.base import Reader
+
+__all__ = ["ChunkRead", "check_arrays", "chunk_problems", "is_damage"]
+
+
+class ChunkRead(NamedTuple):
+    """A chunk, and the memory that it is read into."""
+
+    array: ArraySpec
+    cell: Index
+    out: Array
+
+
+def is_damage(error: errors.CheckpointError) -> bool:
+    """Whether an error means that stored bytes are lost, rather than that they cannot be had now."""
+    if isinstance(error, errors.StorageError):
+        return error.errno == errno.EIO
+    return isinstance(error, errors.CorruptCheckpointError | errors.NotFoundError | errors.FormatError)
+
+
+def chunk_problems(
+    chunks: Sequence[ChunkRead], reading: Future[None], reader: Reader, index: IndexDocument | None
+) -> dict[int, errors.CheckpointError]:
+    """What is wrong with chunks that are being read, by position; nothing where all of them are whole.
+
+    Args:
+      chunks: those that are being read.
+      reading: what `reader.read` returned for them.
+      reader: reads them again one by one where that failed.
+      index: their checksums; None where none were written.
+
+    Raises:
+      errors.StorageError: they cannot be read now.
+    """
+    problems: dict[int, errors.CheckpointError] = {}
+    try:
+        reading.result()
+    except errors.CheckpointError as error:
+        if not is_damage(error):
+            raise
+        problems = _unreadable(chunks, reader)
+    for position, (array, cell, out) in enumerate(chunks if index is not None else ()):
+        if position not in problems and index is not None and (reason := index.check(array, cell, out)) is not None:
+            place = reader.place(array.name, cell)
+            problems[position] = errors.CorruptCheckpointError(reason + (f"; it lies in {place}" if place else ""))
+    return problems
+
+
+def _unreadable(chunks: Sequence[ChunkRead], reader: Reader) -> dict[int, errors.CheckpointError]:
+    problems: dict[int, errors.CheckpointError] = {}
+    for position, (array, cell, out) in enumerate(chunks):
+        try:
+            reader.read([(array.name, cell, out)]).result()
+        except errors.CheckpointError as error:
+            if not is_damage(error):
+                raise
+            problems[position] = error
+    return problems
+
+
+def check_arrays(
+    arrays: Sequence[ArraySpec], reader: Reader, index: IndexDocument | None
+) -> Iterator[tuple[int, Index, errors.CheckpointError | None]]:
+    """Reads every chunk of every array: the array's position, the chunk, and what is wrong with it.
+
+    Raises:
+      errors.StorageError: chunks cannot be read now, or there is no memory for one.
+    """
+    ahead: list[tuple[Sequence[tuple[int, Index]], Sequence[ChunkRead], Future[None]]] = []
+    for batch in [*_batches(arrays), ()]:
+        if batch:
+            made = [ChunkRead(arrays[i], cell, aligned_empty(index_shape(cell), arrays[i].dtype)) for i, cell in batch]
+            ahead.append((batch, made, reader.read([(array.name, cell, out) for array, cell, out in made])))
+        if ahead and (not batch or len(ahead) > 1):
+            places, chunks, reading = ahead.pop(0)
+            problems = chunk_problems(chunks, reading, reader, index)
+            yield from ((i, cell, problems.get(position)) for position, (i, cell) in enumerate(places))
+
+
+def _batches(arrays: Sequence[ArraySpec]) -> Iterator[Sequence[tuple[int, Index]]]:
+    batch: list[tuple[int, Index]] = []
+    nbytes = 0
+    for i, array in enumerate(arrays):
+        for cell in chunk_indices(array):
+            batch.append((i, cell))
+            nbytes += index_nbytes(array, cell)
+            if nbytes >= BATCH_BYTE_SIZE or len(batch) >= BATCH_LEAVES:
+                yield batch
+                batch, nbytes = [], 0
+    if batch:
+        yield batch
