@@ -42,9 +42,13 @@ clean:
 # Plugins are tested where the core is, and bring what their tests need.
 $(VENV)/with-test: PLUGIN_EXTRA := [test]
 
+# torch without CUDA, where an index offers that build; the tests that need it are skipped without.
+$(VENV)/with-test: OPTIONAL = -$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable 'plugins/ckptkit-torch[cpu]'
+
 # One stamp for each extra of pyproject.toml: pip runs again only when a list of packages has changed.
 $(VENV)/with-%: pyproject.toml $(PLUGINS:%=%/pyproject.toml) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PLUGINS:%=--editable '%$(PLUGIN_EXTRA)') --editable '.[$*]'
+	$(OPTIONAL)
 	@touch $@
 
 $(BIN)/python:

@@ -21,7 +21,7 @@ import attrs
 
 from ckptkit import errors
 
-__all__ = ["UnderWay", "enter", "exiting", "refuse_fork", "saving", "unseen"]
+__all__ = ["UnderWay", "enter", "exiting", "refuse_fork", "unseen"]
 
 _EXIT_SECS: Final = 1200.0
 _LAST: Final = -1000  # among multiprocessing's finalizers: after those that flush queues
@@ -29,10 +29,15 @@ _LAST: Final = -1000  # among multiprocessing's finalizers: after those that flu
 
 @attrs.frozen(eq=False)
 class UnderWay:
-    """A save to `path`; whoever ends it calls `end`."""
+    """A save to `path`; from `begin` to `end` the exit of this process waits for it."""
 
     path: str
     _ended: threading.Event = attrs.field(factory=threading.Event, init=False)
+
+    def begin(self) -> None:
+        """Whoever calls this has made sure that `end` will be called."""
+        _under_way.add(self)
+        _finish_in_child_process()
 
     def end(self) -> None:
         """Nobody writes any more."""
@@ -71,14 +76,6 @@ def refuse_fork() -> None:
             "this process was forked from one that had used ckptkit, whose threads and locks do not exist here. Fork before the "
             "first save or restore, or start processes with multiprocessing.get_context('spawn') or 'forkserver'."
         )
-
-
-def saving(path: str) -> UnderWay:
-    """Makes the exit of this process wait for a save."""
-    started = UnderWay(path)
-    _under_way.add(started)
-    _finish_in_child_process()
-    return started
 
 
 def exiting() -> bool:

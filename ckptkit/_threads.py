@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, Self, TypeVar
 
 T = TypeVar("T")
@@ -53,12 +54,10 @@ class Workers:
         """Waits until every call has ended; `cancel` drops those that have not begun."""
         self._closed = True
         if cancel:
-            while not self._calls.empty():
-                call = self._calls.get()
-                if call is not None:
+            with contextlib.suppress(Empty):  # asking whether it is empty first would wait where a thread took the last call
+                while call := self._calls.get_nowait():
                     call[0].cancel()
-        for _ in self._threads:
-            self._calls.put(None)
+        self._end_threads()
         for thread in self._threads:
             thread.join()
 
@@ -69,7 +68,11 @@ class Workers:
         self.close(cancel=error[0] is not None)
 
     def __del__(self) -> None:
-        for _ in self._threads:
+        with contextlib.suppress(AttributeError):  # Ctrl-C came while it was being made
+            self._end_threads()
+
+    def _end_threads(self) -> None:
+        for _ in range(self._count):  # not of those in the list alone: a Ctrl-C may have kept one from being noted
             self._calls.put(None)
 
 

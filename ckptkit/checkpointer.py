@@ -219,6 +219,7 @@ class Checkpointer:
                 tracker = reports.Tracker("save", location.url, self._notifier.progress)
                 saving = Saving(begin, meet, handler, step, tracker, self._notifier, start, owned=handler is not self._handler)
                 ending = saving
+                saving.begin()
                 with reports.tracking(tracker), meeting.attending(meet):
                     temporary: Any = begin.later() if deferred else begin().temporary.path
                     if isinstance(handler, AsyncCheckpointHandler):

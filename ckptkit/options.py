@@ -129,13 +129,16 @@ class StorageOptions:
 
     Attributes:
       use_zarr3: write zarr version 3 documents instead of version 2.
-      compression: how chunks are compressed; None to store them as they are in memory.
+      compression: how chunks are compressed; None to store them as they are in memory; 'auto' leaves it to the backend, which may
+        compress where a sample says that it pays.
       zarr3_crc32c: add zarr's own checksum to every chunk of version 3, which TensorStore, and so Orbax, verifies as well.
       target_data_file_size: bytes after which a backend that packs values into files starts the next; None is its own default.
     """
 
     use_zarr3: bool = attrs.field(default=False, validator=validator(flag))
-    compression: Literal["zstd"] | None = attrs.field(default=None, validator=validator(optional(one_of(["zstd"], " or None"))))
+    compression: Literal["auto", "zstd"] | None = attrs.field(
+        default=None, validator=validator(optional(one_of(["auto", "zstd"], " or None")))
+    )
     zarr3_crc32c: bool = attrs.field(default=False, validator=validator(flag))
     target_data_file_size: int | None = attrs.field(default=None, validator=validator(optional(whole_number("bytes above 0", 1))))
 

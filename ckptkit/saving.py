@@ -35,10 +35,13 @@ class Beginning:
         self._begin = functools.partial(joint.begin, meeting, registry, location, force=force, mode=mode, facts=facts)
         self._lock = threading.Lock()
         self._pending: commit.AnyPending | joint.Following | None = None
+        self._abandoned = False
 
     def __call__(self) -> commit.AnyPending | joint.Following:
-        """The save under way; the errors are those of `joint.begin`."""
+        """The save under way; the errors are those of `joint.begin`, and `errors.CheckpointError` where it was given up."""
         with self._lock:
+            if self._abandoned:
+                raise errors.CheckpointError(f"the save to {self.path} was given up.")
             if self._pending is None:
                 self._pending = self._begin()
             return self._pending
@@ -49,8 +52,10 @@ class Beginning:
         return DeferredPath(epath.Path(self.path + commit.TEMPORARY_SUFFIX), self)
 
     def abandon(self, error: BaseException) -> None:
-        """Removes what was written, if anything was begun, once no other process writes any more."""
+        """Removes what was written, if anything was begun, once no other process writes; nothing can be begun any more."""
         self._meeting.fail(error)
+        with self._lock:
+            self._abandoned = True
         if self._pending is not None:
             self._meeting.await_ends(error)
             self._pending.abandon()
@@ -136,7 +141,11 @@ class Saving:
         self._start = start
         self._owned = owned
         self._taken = threading.Lock()
-        self._under_way = _lifetime.saving(begin.path)
+        self._under_way = _lifetime.UnderWay(begin.path)
+
+    def begin(self) -> None:
+        """From now on the exit of this process waits for this save, until `finish` or `abandon` has ended."""
+        self._under_way.begin()
 
     def take(self) -> bool:
         """Whether the caller is the one to end this save, with `finish` or `abandon`: the first to ask is."""

@@ -174,7 +174,7 @@ def test_rich_types_come_back_without_a_target(path: Path, writer: Any) -> None:
     ckptkit_options = ckptkit.options.PyTreeMetadataOptions(support_rich_types=True)
     restored = _standard(pytree_metadata_options=ckptkit_options).restore(path)
 
-    assert type(restored["pair"]).__name__ == "trees_Pair_2"
+    assert type(restored["pair"]).__name__ == "ckptkit_testing_strategies_Pair_2"
     assert (restored["pair"]._fields, restored["pair"].second.left) == (("first", "second"), 1)
     assert (type(restored["tuple"]), restored["tuple"][2], restored["empty"]._fields) == (tuple, [1, (2.5,)], ())
     again = _standard(pytree_metadata_options=ckptkit_options).restore(path)

@@ -142,3 +142,25 @@ def test_numpy_scalars_come_back_as_orbax_returns_them(tmp_path: Path, writer: A
     path = _saved(writer, tmp_path, tree)
     assert_same(_restored(ckptkit, path), _restored(ocp, path))
     assert_same(_restored(ckptkit, path), jax.tree.map(np.asarray, tree))
+
+
+def test_only_large_arrays_that_shrink_are_compressed_unless_told_otherwise(tmp_path):
+    random = np.random.default_rng(0)
+    tree = {
+        "zeros": jnp.zeros((1024, 1024)),
+        "one_hot": jnp.eye(1500, dtype=jnp.bfloat16),
+        "floats": jnp.asarray(random.standard_normal((1024, 1024), dtype=np.float32)),
+        "small": jnp.zeros(1000),
+    }
+    sizes = {}
+    for compression in ("auto", "zstd", None):
+        path = tmp_path / str(compression)
+        with ckptkit.StandardCheckpointer(compression=compression) as checkpointer:
+            checkpointer.save(path, tree)
+        assert_same(ckptkit.restore(path, tree), tree)
+        assert_same(ocp.StandardCheckpointer().restore(path, tree), tree)
+        sizes[compression] = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    data = {name: array.nbytes for name, array in tree.items()}
+    assert sum(data.values()) < sizes[None]
+    assert data["floats"] + data["small"] < sizes["auto"] < 1.05 * (data["floats"] + data["small"]) + 100_000
+    assert sizes["zstd"] < sizes["auto"]

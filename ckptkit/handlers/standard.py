@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import numpy as np
@@ -36,6 +36,7 @@ class StandardCheckpointHandler(DelegatingHandler, DeferredPathAsyncCheckpointHa
         use_ocdbt: bool = True,
         use_zarr3: bool = False,
         zarr3_crc32c: bool = False,
+        compression: Literal["auto", "zstd"] | None = "auto",
         storage: str | None = None,
         target_data_file_size: int | None = None,
     ) -> None:
@@ -48,6 +49,7 @@ class StandardCheckpointHandler(DelegatingHandler, DeferredPathAsyncCheckpointHa
             use_ocdbt=use_ocdbt,
             use_zarr3=use_zarr3,
             zarr3_crc32c=zarr3_crc32c,
+            compression=compression,
             storage=storage,
             target_data_file_size=target_data_file_size,
         )

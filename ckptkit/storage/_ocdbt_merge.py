@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import attrs
 import numpy as np
 import tensorstore as ts
 
@@ -32,6 +33,8 @@ class PartWriter(OcdbtWriter):
     def __init__(self, location: Location, arrays: Sequence[ArraySpec], options: StorageOptions, job: Job) -> None:
         self._part = location.child(_directory(job.process_index))
         self._synced_here = not job.is_primary
+        if options.compression == "auto":  # by an array's first chunk, which is another one in each process
+            options = attrs.evolve(options, compression=None)
         super().__init__(self._part, arrays, options, documents=job.is_primary)
 
     def commit(self) -> None:

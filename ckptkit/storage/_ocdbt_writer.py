@@ -6,9 +6,12 @@ a data file in one call. Nothing refers to a value before all of them are writte
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import Future
+from typing import Final, Literal
 
+import attrs
 import numpy as np
 
 from ckptkit.location import Location
@@ -18,11 +21,14 @@ from ckptkit.storage._futures import done
 from ckptkit.storage._ocdbt_nodes import MANIFEST, MAX_INLINE_NBYTES, Entry, Place, encode_manifest, encode_tree
 from ckptkit.storage._tensorstore import writing_error
 from ckptkit.storage._values import Bytes, key_prefix
-from ckptkit.storage._zarr_cells import encoded_cell
+from ckptkit.storage._zarr_cells import compresses_well, encoded_cell
 from ckptkit.storage.base import ArraySpec, Chunk, Writer
 from ckptkit.storage.zarr_documents import DOCUMENT_NAMES, Document, documented
 
 __all__ = ["OcdbtWriter"]
+
+# Below this size a sample tells little, and to decompress a cell takes longer than to read it.
+_SAMPLED_NBYTES: Final = 1 << 20
 
 
 class OcdbtWriter(Writer):
@@ -35,21 +41,19 @@ class OcdbtWriter(Writer):
         self._location = location
         self._files = data_files(location, "", options.target_data_file_size)
         self._entries: list[Entry] = []
+        self._options = options
         self._documents: dict[str, tuple[int, bytes, Document]] = {}
-        stored: dict[bytes, Place] = {}  # a model has thousands of arrays and dozens of shapes
-        for group, (array, document, data) in enumerate(documented(arrays, options)):
-            prefix = key_prefix(array.name).encode()
-            self._documents[array.name] = group, prefix, document
-            if not documents:
-                continue
-            if data not in stored:
-                stored[data] = self._store(data)
-            name = DOCUMENT_NAMES[document.version].encode()
-            self._entries.append(Entry(prefix + name, stored[data], group, len(prefix)))
+        self._with_documents = documents
+        self._stored: dict[bytes, Place] = {}  # documents; a model has thousands of arrays and dozens of shapes
+        sampled = [array for array in arrays if options.compression == "auto" and _cell_nbytes(array) >= _SAMPLED_NBYTES]
+        self._undecided = {array.name: array for array in sampled}
+        self._describe([array for array in arrays if array.name not in self._undecided], options)
 
     def write(self, chunks: Sequence[Chunk]) -> Future[None]:
         values = []
         for chunk in chunks:
+            if chunk.array.name in self._undecided:
+                self._decide(chunk)
             group, prefix, document = self._documents[chunk.array.name]
             values.append((group, prefix, document.chunk_key(chunk.index).encode(), self._encoded(chunk, document)))
         places = iter(self._files.append([value for *_, value in values if value.size > MAX_INLINE_NBYTES]))
@@ -59,6 +63,7 @@ class OcdbtWriter(Writer):
         return done()
 
     def commit(self) -> None:
+        self._describe([*self._undecided.values()], self._options)
         root, height = encode_tree(self._entries, self._store)
         self._files.finish()
         self._location.write_bytes(MANIFEST, encode_manifest(root, height))
@@ -68,6 +73,22 @@ class OcdbtWriter(Writer):
         self._files.close()
         self._entries.clear()
 
+    def _decide(self, chunk: Chunk) -> None:
+        """Compresses the array, or not, by what its first chunk looks like."""
+        compression: Literal["zstd"] | None = "zstd" if compresses_well(chunk.data) else None
+        self._describe([self._undecided.pop(chunk.array.name)], attrs.evolve(self._options, compression=compression))
+
+    def _describe(self, arrays: Sequence[ArraySpec], options: StorageOptions) -> None:
+        for group, (array, document, data) in enumerate(documented(arrays, options), len(self._documents)):
+            prefix = key_prefix(array.name).encode()
+            self._documents[array.name] = group, prefix, document
+            if not self._with_documents:
+                continue
+            if data not in self._stored:
+                self._stored[data] = self._store(data)
+            name = DOCUMENT_NAMES[document.version].encode()
+            self._entries.append(Entry(prefix + name, self._stored[data], group, len(prefix)))
+
     def _store(self, value: bytes) -> Place:
         return self._files.append([np.frombuffer(value, np.uint8)])[0]
 
@@ -76,3 +97,7 @@ class OcdbtWriter(Writer):
             return encoded_cell(chunk.data, document)
         except Exception as error:
             raise writing_error(error, self._location.url) from error
+
+
+def _cell_nbytes(array: ArraySpec) -> int:
+    return math.prod(array.chunk_shape) * array.dtype.itemsize

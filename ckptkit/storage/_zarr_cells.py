@@ -18,7 +18,7 @@ from ckptkit.storage._expansion import blosc_nbytes
 from ckptkit.storage._zarr_dtypes import V3_DTYPES
 from ckptkit.storage.zarr_documents import Document
 
-__all__ = ["DRIVERS", "canonicalise", "decode", "encoded_cell", "fill_value", "stored_cell"]
+__all__ = ["DRIVERS", "canonicalise", "compresses_well", "decode", "encoded_cell", "fill_value", "stored_cell"]
 
 DRIVERS = {2: "zarr", 3: "zarr3"}
 
@@ -38,6 +38,18 @@ def stored_cell(data: Array, document: Document) -> Array:
     cell = np.zeros(document.chunk_shape, document.dtype)
     cell[tuple(map(slice, data.shape))] = data
     return cell
+
+
+def compresses_well(data: Array) -> bool:
+    """Whether a sample of 16 KiB says that a chunk shrinks to a quarter: its bytes tell less than two bits each.
+
+    Zeros, masks and one-hot rows do; the mantissas of trained floats do not, of which zstd saves 8 % for most of a save's time.
+    """
+    flat = data.reshape(-1).view(np.uint8)
+    starts = np.linspace(0, max(0, flat.size - 1024), 16, dtype=np.int64)
+    counts = np.bincount(np.concatenate([flat[start : start + 1024] for start in starts]), minlength=256)
+    shares = counts[counts > 0] / counts.sum()
+    return bool(-(shares * np.log2(shares)).sum() < 2)
 
 
 def encoded_cell(data: Array, document: Document) -> Array:

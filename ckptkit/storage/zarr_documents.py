@@ -182,11 +182,12 @@ def _emit(
 
 
 def documented(arrays: Sequence[ArraySpec], options: StorageOptions) -> Iterator[tuple[ArraySpec, Document, bytes]]:
-    """Each array with its document, parsed and as bytes; those that are the same are parsed once."""
+    """Each array with its document, parsed and as bytes; those that are the same are parsed once. 'auto' compresses nothing."""
     version: Version = 3 if options.use_zarr3 else 2
+    compression = None if options.compression == "auto" else options.compression
     parsed = functools.cache(functools.partial(parse, version=version))
     for array in arrays:
-        data = emit(array, version, options.compression, crc32c=options.zarr3_crc32c)
+        data = emit(array, version, compression, crc32c=options.zarr3_crc32c)
         document = parsed(data)
         assert document is not None  # narrows the type: what `emit` made is an array
         yield array, document, data

@@ -37,7 +37,7 @@ class SafetensorsBackend(StorageBackend):
         Raises:
           errors.ArgsError: the location is no directory of this machine, or the options ask for what the format has not.
         """
-        if options.compression is not None or options.use_zarr3:
+        if options.compression == "zstd" or options.use_zarr3:
             raise errors.ArgsError(
                 "storage='safetensors' keeps the bytes of arrays as they are in memory: leave out use_compression and use_zarr3, "
                 "or use OCDBT."
