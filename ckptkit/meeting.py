@@ -32,6 +32,7 @@ import attrs
 
 from ckptkit import errors
 from ckptkit._coordination import Store
+from ckptkit._telling import by_value, decoded, encoded, named
 from ckptkit.processes import Job, coordination_client
 
 __all__ = ["Meeting", "attending", "convene", "convened", "current_meeting", "on_primary"]
@@ -116,7 +117,7 @@ class Meeting:
         said = {process: json.loads(brought) for process, brought in gathered.items()}
         differing = [name for name in facts if any(each.get(name) != facts[name] for each in said.values())]
         if differing:
-            lines = [f"{name}: {_by_value({p: each.get(name) for p, each in said.items()})}" for name in differing]
+            lines = [f"{name}: {by_value({p: each.get(name) for p, each in said.items()})}" for name in differing]
             raise errors.ProcessError(
                 f"the processes of the job do not save the same, so nothing was saved:{errors.listing(lines)}\nEvery process "
                 "must call save with the same path, and a tree of the same kind."
@@ -139,7 +140,7 @@ class Meeting:
         if self._store is not None and not self._failed:
             self._failed = True
             with contextlib.suppress(errors.CheckpointError):
-                self._store.set(f"{self._prefix}/failed/{self.job.process_index}", _encoded(error))
+                self._store.set(f"{self._prefix}/failed/{self.job.process_index}", encoded(error))
 
     def raise_failure(self) -> None:
         """Raises what went wrong on another process, if anything did."""
@@ -148,7 +149,7 @@ class Meeting:
         failures = {p: record for p, record in self._listed("failed").items() if p != self.job.process_index}
         if failures:
             self._failed = True
-            raise _decoded(*min(failures.items()))
+            raise decoded(*min(failures.items()))
 
     def await_ends(self, known: BaseException) -> None:
         """On the primary, after a failure, waits a while until no other process writes any more.
@@ -218,7 +219,7 @@ class Meeting:
     def _raise_lost(self, lost: Sequence[int], point: str) -> None:
         if lost:
             error = errors.TimeoutError(
-                f"{_named(lost)} of {self.job.process_count} did not come to the point {point.partition('-')[0]!r} of the save, "
+                f"{named(lost)} of {self.job.process_count} did not come to the point {point.partition('-')[0]!r} of the save, "
                 f"and gave no sign of life for {self.timeout_secs:g} s: killed, stopped, or not calling save. Process "
                 f"{self.job.process_index} gave up, and no checkpoint was made. MultiprocessingOptions(timeout_secs=...) waits "
                 "longer."
@@ -259,45 +260,6 @@ def _pauses() -> Iterator[float]:
     while True:
         yield pause
         pause = min(pause * 1.5, _LAST_PAUSE_SECS)
-
-
-def _named(processes: Sequence[int]) -> str:
-    shown = ", ".join(map(str, processes[:20])) + (", ..." if len(processes) > 20 else "")
-    return f"process {shown}" if len(processes) == 1 else f"processes {shown}"
-
-
-def _by_value(said: Mapping[int, Any]) -> str:
-    """Who says what; what most say comes first."""
-    groups: dict[str, list[int]] = {}
-    for process, value in sorted(said.items()):
-        groups.setdefault(json.dumps(value), []).append(process)
-    ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
-    return "; ".join(f"{_named(processes)}: {value:.300}" for value, processes in ordered)
-
-
-def _encoded(error: BaseException) -> bytes:
-    record: dict[str, Any] = {"kind": type(error).__name__, "text": str(error), "missing": getattr(error, "missing", ())}
-    if isinstance(error, OSError) and error.errno is not None:
-        record |= {"errno": error.errno, "text": f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)}
-    return json.dumps(record).encode()
-
-
-def _decoded(process: int, data: bytes) -> errors.CheckpointError:
-    """What another process says of its failure, as an error of the same class where that is one of ours."""
-    record = json.loads(data)
-    kind: Any = getattr(errors, record["kind"], None)
-    ours = isinstance(kind, type) and issubclass(kind, errors.CheckpointError)
-    text = f"process {process} failed: {record['text'] if ours else record['kind'] + ': ' + record['text']}"
-    made: errors.CheckpointError
-    if not ours:
-        made = errors.ProcessError(text)
-    elif "errno" in record and issubclass(kind, OSError):
-        made = kind(record["errno"], text)
-    else:
-        made = kind(text)
-    if isinstance(made, errors.TimeoutError):
-        made.missing = tuple(record["missing"])
-    return made
 
 
 @attrs.define

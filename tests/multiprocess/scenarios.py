@@ -139,6 +139,17 @@ def without_ocdbt(directory: Path, plan: Any) -> Any:
         return wrong(checkpointer.restore(path))
 
 
+def compressed(directory: Path, plan: Any) -> Any:
+    """Rows of which those of process 0 compress well and the others do not, compressed where it pays."""
+    value = np.zeros((8, 1 << 18), np.float32)
+    value[4:] = np.random.default_rng(3).normal(size=(4, 1 << 18))
+    path = directory / "compressed"
+    with standard(compression="auto") as checkpointer:
+        checkpointer.save(path, {"a": placed(value, NamedSharding(line(), P("x")))})
+        restored = checkpointer.restore(path)["a"]
+    return all(np.array_equal(np.asarray(s.data), value[s.index]) for s in restored.addressable_shards)
+
+
 def composite(directory: Path, plan: Any) -> Any:
     path = directory / "composite"
     items = ckpt_args.Composite(

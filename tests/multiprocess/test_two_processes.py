@@ -9,6 +9,7 @@ SCENARIOS = [
     "round_trip",
     "many_saves",
     "without_ocdbt",
+    "compressed",
     "composite",
     "saves_matrix",
     "bytes_read",
@@ -59,6 +60,10 @@ def test_two_checkpointers_save_at_the_same_time(found):
 
 def test_the_zarr_backend_needs_no_merge(found):
     assert values(found, "without_ocdbt") == [[], []]
+
+
+def test_all_processes_compress_an_array_alike(found):
+    assert values(found, "compressed") == [True, True]
 
 
 def test_every_item_of_a_composite_is_written_once(found):
