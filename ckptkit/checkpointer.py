@@ -194,6 +194,7 @@ class Checkpointer:
         custom_metadata: Mapping[str, Any] | None,
     ) -> Saving:
         """Runs the part of a save that the caller waits for in any case."""
+        _lifetime.refuse_fork()  # where the connection to the other processes is of no use
         options = self._processes
         with meeting.convened(job_of(options), options.barrier_sync_key_prefix, options.timeout_secs) as meet:
             self._get_ready()

@@ -68,7 +68,8 @@ class JaxArrayHandler(TypeHandler[jax.Array]):
         return numbered, tuple([(shape, dtype, by_id[number]) for shape, dtype, number in numbers])
 
     def owned(self, leaves: Sequence[Leaf], specs: Sequence[LeafSpec], job: Job) -> Sequence[Sequence[Index] | Problem]:
-        if job.others or not all(leaf.value.sharding.is_fully_addressable for leaf in leaves):
+        shardings = {id(sharding): sharding for sharding in [leaf.value.sharding for leaf in leaves]}  # few, and slow to ask
+        if job.others or not all(sharding.is_fully_addressable for sharding in shardings.values()):
             shares = Shares(job)
             return [shares.of(_stored_array(spec), _raw(leaf.value).sharding) for leaf, spec in zip(leaves, specs, strict=True)]
         known: dict[Any, Sequence[Index]] = {}
