@@ -17,6 +17,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 import ckptkit
 from ckptkit import args as ckpt_args
 from ckptkit import errors
+from ckptkit.file_list import read_file_list
+from ckptkit.location import FileLocation
 from ckptkit.options import MultiprocessingOptions
 from ckptkit.registry import Registry
 from ckptkit.storage.base import StorageBackend
@@ -139,6 +141,19 @@ def without_ocdbt(directory: Path, plan: Any) -> Any:
         return wrong(checkpointer.restore(path))
 
 
+def own_shardings(directory: Path, plan: Any) -> Any:
+    """Replicated arrays that share one sharding on process 0, and have equal ones on others."""
+    shared = NamedSharding(line(), P())
+    own = [shared if plan["rank"] == 0 else NamedSharding(line(), P()) for _ in range(4)]
+    tree = {f"a{i}": placed(np.full(4, i, np.float32), sharding) for i, sharding in enumerate(own)}
+    tree |= {f"k{i}": jax.jit(lambda: jax.random.key(7), out_shardings=sharding)() for i, sharding in enumerate(own)}
+    path = directory / "own_shardings"
+    with standard() as checkpointer:
+        checkpointer.save(path, tree)
+        restored = checkpointer.restore(path)
+    return [restored[f"a{i}"].addressable_data(0)[0].item() for i in range(4)]
+
+
 def compressed(directory: Path, plan: Any) -> Any:
     """Rows of which those of process 0 compress well and the others do not, compressed where it pays."""
     value = np.zeros((8, 1 << 18), np.float32)
@@ -158,7 +173,8 @@ def composite(directory: Path, plan: Any) -> Any:
     with ckptkit.AsyncCheckpointer(multiprocessing_options=SHORT) as checkpointer:
         checkpointer.save(path, items)
         restored = checkpointer.restore(path)
-    return {"wrong": wrong(restored["state"]), "info": restored["info"]}
+    parts = {"state": ckptkit.verify(path).state, "listed": sorted(read_file_list(FileLocation(path)).files)}
+    return {"wrong": wrong(restored["state"]), "info": restored["info"], **parts}
 
 
 def to_orbax(directory: Path, plan: Any) -> Any:

@@ -10,6 +10,7 @@ SCENARIOS = [
     "many_saves",
     "without_ocdbt",
     "compressed",
+    "own_shardings",
     "composite",
     "saves_matrix",
     "bytes_read",
@@ -67,7 +68,19 @@ def test_all_processes_compress_an_array_alike(found):
 
 
 def test_every_item_of_a_composite_is_written_once(found):
-    assert values(found, "composite") == [{"wrong": [], "info": {"x": 1}}] * 2
+    for value in values(found, "composite"):
+        assert (value["wrong"], value["info"]) == ([], {"x": 1})
+
+
+def test_the_list_of_files_covers_what_every_process_wrote(found):
+    for value in values(found, "composite"):
+        assert value["state"] == "whole"
+        assert "more/manifest.ocdbt" in value["listed"]
+        assert not [name for name in value["listed"] if "/d/" in name or "process_1/" in name]
+
+
+def test_equal_shardings_count_as_one_on_every_process(found):
+    assert values(found, "own_shardings") == [[0, 1, 2, 3]] * 2
 
 
 def test_a_process_reads_what_its_devices_hold(found):
