@@ -72,7 +72,8 @@ class Workers:
             self._end_threads()
 
     def _end_threads(self) -> None:
-        for _ in range(self._count):  # not of those in the list alone: a Ctrl-C may have kept one from being noted
+        # More than are listed, since a Ctrl-C may have kept one from being noted; and several callers at once may start too many.
+        for _ in range(self._count + len(self._threads)):
             self._calls.put(None)
 
 

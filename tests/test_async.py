@@ -233,7 +233,7 @@ FULL_DISK = """
     checkpointer.save(sys.argv[1], {"a": np.zeros(10)})
     checkpointer.wait_until_finished()
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-    checkpointer.save(sys.argv[1], {"a": np.random.default_rng(0).random(1 << 20)}, force=True)  # which no compression shrinks
+    checkpointer.save(sys.argv[1], {"a": np.random.default_rng(0).random(1 << 20)}, force=True)
 """
 
 

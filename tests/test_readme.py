@@ -39,7 +39,7 @@ def test_handler_has_thirty_lines():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str):
-    links = re.findall(r"\]\(([^)#:]+)[^)]*\)", PAGES[page])
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", PAGES[page])
 
     assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
 

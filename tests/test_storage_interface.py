@@ -135,7 +135,7 @@ def test_a_partial_reader_is_asked_for_what_the_devices_hold(backend, checkpoint
 
 @pytest.mark.parametrize("checkpointer_class", [ckptkit.StandardCheckpointer, ckptkit.PyTreeCheckpointHandler])
 def test_a_file_size_above_nothing_is_asked_for(checkpointer_class):
-    with pytest.raises(errors.ArgsError, match=r"target_data_file_size=0\): expected a number above 0"):
+    with pytest.raises(errors.ArgsError, match=r"target_data_file_size=0\): expected bytes above 0"):
         checkpointer_class(target_data_file_size=0)
 
 

@@ -57,3 +57,17 @@ def test_without_a_thread_the_caller_does_the_work(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(threading.Thread, "start", refuse)
     with Workers(2, "test") as workers:
         assert [workers.submit(pow, 2, n).result() for n in range(3)] == [1, 2, 4]
+
+
+def test_threads_that_several_callers_started_at_once_all_end():
+    for _ in range(50):
+        workers = Workers(2, "many")
+        callers = [threading.Thread(target=workers.submit, args=(int,)) for _ in range(8)]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
+        closing = threading.Thread(target=workers.close, daemon=True)
+        closing.start()
+        closing.join(20)
+        assert not closing.is_alive()

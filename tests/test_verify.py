@@ -21,9 +21,10 @@ import pytest
 
 import ckptkit
 from ckptkit import args, cli, commit, errors
-from ckptkit.file_list import FILE_LIST
+from ckptkit.file_list import FILE_LIST, read_file_list, write_file_list
 from ckptkit.location import FileLocation
 from ckptkit.reports import ProgressEvent, RestoreReport
+from ckptkit.saving import Beginning
 from ckptkit.testing import abstract, assert_same
 
 TREE = {
@@ -552,3 +553,40 @@ def _read_by_orbax(path: Path) -> Any:
 def test_zarrs_checksums_need_its_version_3() -> None:
     with pytest.raises(errors.ArgsError, match="needs use_zarr3=True"):
         ckptkit.StandardCheckpointHandler(zarr3_crc32c=True)
+
+
+def test_the_list_of_files_works_in_places_without_directories(request: pytest.FixtureRequest) -> None:
+    place = ckptkit.default_registry().location("memory://test-verify/c")
+    request.addfinalizer(place.delete)
+    for force in (False, True):  # right in the place; in a folder of it
+        ckptkit.save(place.url, TREE, force=force)
+        report = ckptkit.verify(place.url)
+        assert (report.state, report.listed) == ("whole", True)
+        assert {"commit_success.txt", "ckptkit_writer.txt"}.isdisjoint(part.name for part in report.files)
+    (folder,) = [name for name, is_directory in place.names().items() if is_directory]
+    metadata = place.read_bytes(f"{folder}/_METADATA")
+    place.write_bytes(f"{folder}/_METADATA", metadata.replace(b"w", b"v", 1))
+    with pytest.raises(errors.CorruptCheckpointError, match="_METADATA"):
+        ckptkit.restore(place.url)
+
+
+def test_a_save_lists_no_file_of_another_one_in_the_same_place(request: pytest.FixtureRequest) -> None:
+    place = ckptkit.default_registry().location("memory://test-verify/d")
+    request.addfinalizer(place.delete)
+    first = commit.begin(place, force=False, mode=None)
+    first.temporary.write_bytes("a", b"1")
+    second = commit.begin(place, force=True, mode=None)
+    second.temporary.write_bytes("b", b"2")
+    write_file_list(first.temporary, (), {})
+    listed = read_file_list(first.temporary)
+    assert listed is not None
+    assert list(listed.files) == ["a"]
+
+
+def test_a_save_that_was_given_up_begins_nothing(tmp_path: Path) -> None:
+    begin = Beginning(FileLocation(tmp_path / "c"), force=False, mode=None)
+    later = begin.later()
+    begin.abandon()
+    with pytest.raises(errors.CheckpointError, match="given up"):
+        os.fspath(later)
+    assert os.listdir(tmp_path) == []

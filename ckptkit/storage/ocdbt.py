@@ -32,6 +32,10 @@ class OcdbtBackend(ManyWriters):
     name = "ocdbt"
 
     def refuse(self, arrays: Sequence[ArraySpec]) -> Sequence[str | None]:
+        kinds = {array[1:]: array for array in arrays}
+        prefixes = {key_prefix(array.name) for array in arrays}
+        if len(prefixes) == len(arrays) and not any(map(refusal, kinds.values())) and _is_encodable("".join(prefixes)):
+            return [None] * len(arrays)
         owners: dict[str, str] = {}
         return [refusal(array) or _name_refusal(array.name, owners) for array in arrays]
 
@@ -56,9 +60,15 @@ class OcdbtBackend(ManyWriters):
 
 def _name_refusal(name: str, owners: dict[str, str]) -> str | None:
     """Why the name cannot be stored beside the `owners` of key prefixes, which it joins; None where it can."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
+    if not _is_encodable(name):
         return f"the name {name!r} holds a lone surrogate, which UTF-8 cannot encode: rename it."
     owner = owners.setdefault(key_prefix(name), name)
     return None if owner == name else f"the names {owner!r} and {name!r} have the same keys in the database: rename one."
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -75,17 +75,17 @@ def test_a_fork_does_not_keep_the_lock_of_a_save(tmp_path: Path) -> None:
     """A loader forked in the middle of a save outlives a killed trainer; the next one must not find the path taken."""
     pending = commit.begin(FileLocation(tmp_path / "c"), force=False, mode=None)
     end, ended = os.pipe()
-    begun, begins = os.pipe()
+    started, start = os.pipe()
     child = os.fork()
     if child == 0:
         signal.alarm(30)
+        os.write(start, b".")
         os.close(ended)
-        os.write(begins, b"!")
         os.read(end, 1)
         os._exit(0)
-    os.read(begun, 1)
+    os.read(started, 1)  # it has closed its copies by now
     pending._lock.close()  # as the end of the parent would, which leaves the directory
     commit.begin(FileLocation(tmp_path / "c"), force=False, mode=None).abandon()
-    for descriptor in (ended, end, begun, begins):
+    for descriptor in (ended, end, started, start):
         os.close(descriptor)
     os.waitpid(child, 0)
