@@ -39,15 +39,18 @@ docs: $(VENV)/with-docs
 clean:
 	rm -rf $(VENV) build dist site .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 
-# Plugins are tested where the core is, and bring what their tests need.
-$(VENV)/with-test: PLUGIN_EXTRA := [test]
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+# Plugins are tested where the core is, and bring what their tests need. They come second, so that the ckptkit they ask for is there.
+$(VENV)/with-test: WITH_PLUGINS = $(PIP) $(PLUGINS:%=--editable '%[test]')
 
 # torch without CUDA, where an index offers that build; the tests that need it are skipped without.
-$(VENV)/with-test: OPTIONAL = -$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable 'plugins/ckptkit-torch[cpu]'
+$(VENV)/with-test: OPTIONAL = -$(PIP) --editable 'plugins/ckptkit-torch[cpu]'
 
 # One stamp for each extra of pyproject.toml: pip runs again only when a list of packages has changed.
 $(VENV)/with-%: pyproject.toml $(PLUGINS:%=%/pyproject.toml) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PLUGINS:%=--editable '%$(PLUGIN_EXTRA)') --editable '.[$*]'
+	$(PIP) --editable '.[$*]'
+	$(WITH_PLUGINS)
 	$(OPTIONAL)
 	@touch $@
 
