@@ -319,7 +319,7 @@ def test_an_interrupted_save_leaves_nothing_behind(tmp_path: Path) -> None:
         """
         import os, signal, sys, threading, time, numpy as np, ckptkit
         path = sys.argv[1]
-        tree = {f"a{i}": np.full(1 << 20, i, np.float64) for i in range(12)}
+        tree = {f"a{i}": np.random.default_rng(i).random(1 << 20) for i in range(12)}
         ckptkit.save(os.path.join(path, "warm"), tree)
         interrupted = 0
         for n in range(12):

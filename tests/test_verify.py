@@ -23,6 +23,7 @@ import ckptkit
 from ckptkit import args, cli, commit, errors
 from ckptkit.file_list import FILE_LIST, read_file_list, write_file_list
 from ckptkit.location import FileLocation
+from ckptkit.meeting import Meeting
 from ckptkit.reports import ProgressEvent, RestoreReport
 from ckptkit.saving import Beginning
 from ckptkit.testing import abstract, assert_same
@@ -584,9 +585,10 @@ def test_a_save_lists_no_file_of_another_one_in_the_same_place(request: pytest.F
 
 
 def test_a_save_that_was_given_up_begins_nothing(tmp_path: Path) -> None:
-    begin = Beginning(FileLocation(tmp_path / "c"), force=False, mode=None)
+    location = FileLocation(tmp_path / "c")
+    begin = Beginning(Meeting(), ckptkit.default_registry(), location, force=False, mode=None, facts={})
     later = begin.later()
-    begin.abandon()
+    begin.abandon(KeyboardInterrupt())
     with pytest.raises(errors.CheckpointError, match="given up"):
         os.fspath(later)
     assert os.listdir(tmp_path) == []

@@ -148,6 +148,9 @@ class Disk:
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
 
 
+os.environ["PATH"] += f"{os.pathsep}/usr/sbin{os.pathsep}/sbin"  # where mkfs and losetup are, and not every path leads
+
+
 def _install(program: str, package: str) -> None:
     """Skips the test where a program is missing that nothing here may install: only CI, as root, calls apt-get."""
     if shutil.which(program) is None and "CI" in os.environ and shutil.which("apt-get") and os.geteuid() == 0:

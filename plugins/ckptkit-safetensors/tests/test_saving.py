@@ -256,14 +256,20 @@ def test_a_flipped_bit_is_reported_with_the_leaf(tmp_path):
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    with pytest.raises(errors.CorruptCheckpointError, match=r"\('b',\), chunk"):
+    with pytest.raises(errors.CorruptCheckpointError, match=r"model\.safetensors"):
+        ckptkit.restore(tmp_path / "c")
+    (tmp_path / "c" / "ckptkit_files.json").unlink()
+    with pytest.raises(errors.CorruptCheckpointError, match=r"\('b',\): chunk"):
         ckptkit.restore(tmp_path / "c")
 
 
 def test_a_file_cut_off_is_reported(tmp_path):
     ckptkit.save(tmp_path / "c", {"a": np.zeros(1000)}, storage="safetensors")
     os.truncate(tmp_path / "c" / "model.safetensors", 4000)
-    with pytest.raises(errors.FormatError, match=r"it was cut off"):
+    with pytest.raises(errors.CorruptCheckpointError, match=r"4000 bytes"):
+        ckptkit.restore(tmp_path / "c")
+    (tmp_path / "c" / "ckptkit_files.json").unlink()
+    with pytest.raises(errors.CorruptCheckpointError, match=r"it was cut off"):
         ckptkit.restore(tmp_path / "c")
 
 
