@@ -289,4 +289,17 @@ DIFFERENCES = [
         "an error of Orbax's own making, for a sharding of more axes than the array",
         RestoreLeaves({"a": 3}, None, {"a": _array_args(sharding=_ONE_AXIS)}),
     ),
+    Difference(
+        "error",
+        r"^TypeError: int\(\) argument must be",
+        "another leaf of the tree is refused before any is read, which is when the cast would fail",
+        RestoreLeaves(
+            {"a": False, "b": 0},
+            None,
+            {
+                "a": Spec("RestoreArgs", {"restore_type": int, "dtype": np.complex64}),
+                "b": _array_args(sharding=REPLICATED, strict=False),
+            },
+        ),
+    ),
 ]
