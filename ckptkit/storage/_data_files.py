@@ -18,8 +18,8 @@ from ckptkit.storage._values import Bytes
 
 __all__ = ["DataFiles", "data_files"]
 
-# Linux caches a file in pieces as large as the calls that write it, and finds those of 2 MiB ten times more slowly
-# wherever memory is in fragments: 200 ms instead of 15 ms for 58 MB, in half of the processes.
+# Linux caches a file in pieces that grow with the calls that write it; which sizes find memory fast differs from run to run
+# (docs/performance.md), and large calls are what other programs make.
 _CALL_NBYTES: Final = 1 << 26
 _MAX_BUFFERS_PER_CALL: Final = 1024  # IOV_MAX on Linux and macOS
 
@@ -133,14 +133,15 @@ def _calls(values: Sequence[Bytes]) -> Iterator[list[Bytes]]:
 
 def _write(descriptor: int, buffers: list[Bytes]) -> None:
     """Writes all buffers; the kernel may stop early."""
-    rest = cast("list[Any]", buffers)
-    while rest:
+    first = 0
+    while first < len(buffers):
+        rest = cast("list[Any]", buffers[first:])
         count = os.writev(descriptor, rest) if hasattr(os, "writev") else os.write(descriptor, rest[0])
-        while rest and count >= rest[0].size:
-            count -= rest[0].size
-            rest = rest[1:]
+        while first < len(buffers) and count >= buffers[first].size:
+            count -= buffers[first].size
+            first += 1
         if count:
-            rest = [rest[0][count:], *rest[1:]]
+            buffers[first] = buffers[first][count:]
 
 
 class _Objects(DataFiles):

@@ -1,7 +1,7 @@
 """Chunks into an OCDBT database: values one after the other into data files, then the tree over them.
 
-The database is written here, not by TensorStore, which copies what it is given, rewrites nodes at every commit, and writes
-a data file in one call. Nothing refers to a value before all of them are written, so that no transaction is needed.
+The database is written here, not by TensorStore, which copies what it is given and rewrites nodes at every commit. Nothing
+refers to a value before all of them are written, so that no transaction is needed.
 """
 
 from __future__ import annotations
