@@ -17,9 +17,11 @@ from ckptkit.grid import Array, ArraySpec, Index, chunk_indices, index_nbytes, i
 from ckptkit.index import IndexDocument
 from ckptkit.leaves.base import LeafSpec, Problem, RestoreArgs, TypeHandler
 from ckptkit.options import OnCorrupt
+from ckptkit.pipeline import answers
 from ckptkit.pipeline.check import ChunkRead, chunk_problems
 from ckptkit.pipeline.limits import BATCH_BYTE_SIZE, BATCH_LEAVES
 from ckptkit.processes import Job
+from ckptkit.registry import Registry
 from ckptkit.storage.base import Reader
 
 __all__ = ["RestoreItem", "aligned_empty", "restore_leaves"]
@@ -46,6 +48,7 @@ class RestoreItem(NamedTuple):
 
 def restore_leaves(
     items: Sequence[RestoreItem],
+    registry: Registry,
     reader: Reader,
     index: IndexDocument | None,
     max_inflight_bytes: int,
@@ -57,6 +60,7 @@ def restore_leaves(
 
     Args:
       items: what to restore.
+      registry: knows whose type handlers and reader they are.
       reader: gives the chunks.
       index: their checksums; None where none were written.
       max_inflight_bytes: bound of the bytes that are read ahead of what is assembled (one leaf may exceed it).
@@ -70,7 +74,7 @@ def restore_leaves(
       errors.CorruptCheckpointError: lists every chunk whose bytes differ from its checksum.
       errors.NotFoundError, errors.FormatError, errors.StorageError: chunks are missing or cannot be read.
     """
-    needs = _needs(items, where)
+    needs = _needs(items, registry, where)
     _warn_of_casts(items)
     tracker = reports.current_tracker("restore")
     tracker.verified = tracker.verified and index is not None
@@ -81,13 +85,13 @@ def restore_leaves(
     ahead: list[_Reading] = []
     for following in [*batches, None]:
         if following is not None:
-            ahead.append(_start_reading(following, items, needs, reader))
+            ahead.append(_start_reading(following, items, needs, registry, reader))
         if ahead and (following is None or len(ahead) > 1):
             reading = ahead.pop(0)
             for key_path, error in _damage(reading, reader, index):
                 damage.setdefault(key_path, []).append(error)
             if not damage or on_corrupt == "skip":
-                _assemble(reading, items, damage, leaves)
+                _assemble(reading, items, registry, damage, leaves)
             tracker.advance(reading.batch.byte_count)
     if damage:
         _tell(damage, [item.key_path for item in items if item.key_path not in damage], where, on_corrupt)
@@ -96,10 +100,11 @@ def restore_leaves(
 
 
 @paused_gc()
-def _needs(items: Sequence[RestoreItem], where: str) -> list[Sequence[Index]]:
+def _needs(items: Sequence[RestoreItem], registry: Registry, where: str) -> list[Sequence[Index]]:
     needs: list[Any] = [None] * len(items)
     for handler, members in _grouped(items).items():
-        found = handler.needs([items[i].spec for i in members], [items[i].request for i in members], Job())
+        specs, requests = [items[i].spec for i in members], [items[i].request for i in members]
+        found = answers.needed(registry, handler, specs, requests, Job())
         for i, need in zip(members, found, strict=True):
             needs[i] = need
     problems = [(item.key_path, need) for item, need in zip(items, needs, strict=True) if isinstance(need, Problem)]
@@ -202,7 +207,9 @@ class _Reading(NamedTuple):
 
 
 @paused_gc()
-def _start_reading(batch: _Batch, items: Sequence[RestoreItem], needs: Sequence[Sequence[Index]], reader: Reader) -> _Reading:
+def _start_reading(
+    batch: _Batch, items: Sequence[RestoreItem], needs: Sequence[Sequence[Index]], registry: Registry, reader: Reader
+) -> _Reading:
     parts: list[dict[Index, Array]] = []
     fetched: list[_Fetched] = []
     for i in batch.positions:
@@ -212,7 +219,8 @@ def _start_reading(batch: _Batch, items: Sequence[RestoreItem], needs: Sequence[
         parts.append(buffers)
         if array is not None:
             fetched += _fetches(item, array, buffers)
-    future = reader.read([(f.array.name, f.index, f.out) for f in fetched])
+    with answers.calling(registry, reader, "read") as asked:
+        future = answers.instance(asked, reader.read([(f.array.name, f.index, f.out) for f in fetched]), Future)
     return _Reading(batch, parts, fetched, future)
 
 
@@ -299,15 +307,15 @@ def _tell(
 
 
 @paused_gc()
-def _assemble(reading: _Reading, items: Sequence[RestoreItem], damage: Container[KeyPath], leaves: list[Any]) -> None:
+def _assemble(
+    reading: _Reading, items: Sequence[RestoreItem], registry: Registry, damage: Container[KeyPath], leaves: list[Any]
+) -> None:
     """Puts the leaves that are whole into their places."""
     whole = [(i, part) for i, part in zip(reading.batch.positions, reading.parts, strict=True) if items[i].key_path not in damage]
     if not whole:
         return
     members = [items[i] for i, _ in whole]
-    handler = members[0].handler
-    made = handler.assemble([item.spec for item in members], [item.request for item in members], [part for _, part in whole])
-    if len(made) != len(members):
-        raise errors.PluginError(f"{type(handler)}.assemble returned {len(made)} leaves for {len(members)}.")
+    specs, requests = [item.spec for item in members], [item.request for item in members]
+    made = answers.assembled(registry, members[0].handler, specs, requests, [part for _, part in whole])
     for (i, _), leaf in zip(whole, made, strict=True):
         leaves[i] = leaf

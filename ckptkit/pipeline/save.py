@@ -12,23 +12,25 @@ import attrs
 
 from ckptkit import errors, reports
 from ckptkit._gc import paused_gc
-from ckptkit.grid import Array, Chunk, index_shape
+from ckptkit.grid import Chunk
 from ckptkit.index import Checksums
 from ckptkit.leaves.base import TypeHandler
 from ckptkit.location import Location
+from ckptkit.pipeline import answers
 from ckptkit.pipeline.plan import Batch, SavePlan
 from ckptkit.processes import Job
+from ckptkit.registry import Registry
 from ckptkit.storage.base import Writer
 
 __all__ = ["start_save"]
 
 
 class _Staged(NamedTuple):
-    """A batch on its way to storage: its type handler, its plan, and the values of its cells."""
+    """A batch on its way to storage: its type handler, its plan, and what was staged of it."""
 
     handler: TypeHandler[Any]
     batch: Batch
-    arrays: Sequence[Array]
+    arrays: Any
 
 
 class _SaveFuture(Future[None]):
@@ -111,7 +113,7 @@ def start_save(
             budget.acquire(batch.held)
             if result.done():
                 break
-            with paused_gc():
+            with paused_gc(), answers.calling(plan.registry, handler, "stage"):
                 staged = handler.stage([(values[i], spec, cell) for i, spec, cell in batch.pieces])
             batches.put(_Staged(handler, batch, staged))
     except BaseException:
@@ -126,28 +128,6 @@ def start_save(
     return result
 
 
-def _chunks(staged: _Staged) -> Sequence[Chunk]:
-    """What was staged, as the backend takes it.
-
-    Raises:
-      errors.PluginError: the type handler did not return what it must.
-    """
-    handler, (pieces, _), arrays = staged
-    if len(arrays) != len(pieces):
-        raise errors.PluginError(f"{type(handler)}.stage returned {len(arrays)} arrays for {len(pieces)} cells.")
-    chunks = []
-    for (_, spec, cell), data in zip(pieces, arrays, strict=True):
-        array = spec.array
-        assert array is not None
-        if data.dtype != array.dtype or data.shape != index_shape(cell) or not data.flags.c_contiguous:
-            raise errors.PluginError(
-                f"{type(handler)}.stage returned a {data.dtype} array of shape {data.shape} for {array.name!r}; "
-                f"expected a C-contiguous {array.dtype} array of shape {index_shape(cell)}."
-            )
-        chunks.append(Chunk(array, cell, data))
-    return chunks
-
-
 def _write(
     plan: SavePlan,
     location: Location,
@@ -160,14 +140,22 @@ def _write(
     """The writing thread: what is staged goes to the backend, then the documents go to the location."""
     checksums = {array.name: Checksums(array) for array in plan.arrays}
     try:
-        writer = plan.backend.writer(location, plan.arrays, plan.options, Job())
+        with answers.calling(plan.registry, plan.backend, "writer") as asked:
+            writer = answers.instance(asked, plan.backend.writer(location, plan.arrays, plan.options, Job()), Writer)
         try:
             while (staged := batches.get()) is not None and not result.cancel_requested.is_set():
-                _write_batch(writer, _chunks(staged), checksums, _Written(budget, staged.batch.held, tracker))
-                del staged  # a view keeps jax from reusing a donated buffer; let it go as soon as its bytes are written
+                handler, (pieces, held), arrays = staged
+                chunks = answers.chunks(plan.registry, handler, pieces, arrays)
+                _write_batch(plan.registry, writer, chunks, checksums, _Written(budget, held, tracker))
+                del (
+                    arrays,
+                    chunks,
+                    staged,
+                )  # a view keeps jax from reusing a donated buffer; let it go as soon as its bytes are written
             if result.cancel_requested.is_set():
                 raise errors.CheckpointError("the save was given up.")
-            writer.commit()
+            with answers.calling(plan.registry, writer, "commit"):
+                writer.commit()
         except BaseException:
             writer.abort()
             raise
@@ -181,9 +169,12 @@ def _write(
         budget.close()
 
 
-def _write_batch(writer: Writer, chunks: Sequence[Chunk], checksums: Mapping[str, Checksums], written: _Written) -> None:
+def _write_batch(
+    registry: Registry, writer: Writer, chunks: Sequence[Chunk], checksums: Mapping[str, Checksums], written: _Written
+) -> None:
     written.byte_count = sum([chunk.data.nbytes for chunk in chunks])
-    writer.write(chunks).add_done_callback(written)
+    with answers.calling(registry, writer, "write") as asked:
+        answers.instance(asked, writer.write(chunks), Future).add_done_callback(written)
     for chunk in chunks:
         checksums[chunk.array.name].add(chunk.index, chunk.data)
 
