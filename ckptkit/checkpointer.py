@@ -18,8 +18,9 @@ from ckptkit.location import FileLocation, Location
 from ckptkit.metadata.json import checked_custom
 from ckptkit.metadata.step import StepMetadata
 from ckptkit.options import FileOptions, MultiprocessingOptions
+from ckptkit.pipeline import answers
 from ckptkit.registry import Registry
-from ckptkit.saving import Saving, checked_futures
+from ckptkit.saving import Saving
 
 __all__ = ["Checkpointer", "Path"]
 
@@ -164,7 +165,8 @@ class Checkpointer:
         listed = read_file_list(location)
         if listed is not None:
             listed.check(location, choosing.is_description)
-        step = attrs.evolve(choosing.step_metadata(location), has_checksums=listed is not None)
+        providers = {} if listed is None else listed.providers
+        step = attrs.evolve(choosing.step_metadata(location), has_checksums=listed is not None, providers=providers)
         handler = self._handler or choosing.stored_handler(registry, location, self._registry)
         try:
             return attrs.evolve(step, item_metadata=handler.metadata(epath.Path(location.url)))
@@ -204,8 +206,13 @@ class Checkpointer:
         custom = checked_custom({} if custom_metadata is None else custom_metadata, "custom_metadata")
         registry = discovery.ready(self._registry)
         handler, save_args = self._save_handler(registry, args, kwargs)
+        answers.typestr(registry, handler)
+        recorded = handler.item_typestrs(save_args)
         step = StepMetadata(
-            item_handlers=handler.item_typestrs(save_args), init_timestamp_nsecs=time.time_ns(), custom_metadata=custom
+            item_handlers=recorded,
+            providers=choosing.providers(registry, recorded),
+            init_timestamp_nsecs=time.time_ns(),
+            custom_metadata=custom,
         )
         location = registry.location(directory)
         if not isinstance(location, FileLocation):
@@ -219,9 +226,10 @@ class Checkpointer:
             with reports.tracking(tracker):
                 temporary = epath.Path(pending.temporary.url)
                 if isinstance(handler, AsyncCheckpointHandler):
-                    saving.writing = checked_futures(handler, run_coroutine(handler.async_save(temporary, args=save_args)))
+                    coroutine = answers.coroutine(registry, handler, handler.async_save(temporary, args=save_args))
+                    saving.writing = answers.futures(registry, handler, run_coroutine(coroutine))
                 else:
-                    handler.save(temporary, args=save_args)
+                    answers.synchronous(registry, handler, handler.save(temporary, args=save_args))
         except BaseException:
             saving.abandon()
             raise

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from ckptkit import args as args_lib
 from ckptkit import commit, errors
-from ckptkit.handlers._stored import args_for_files, item_folders
+from ckptkit.handlers._stored import args_for_files, handler_class_for, item_folders
 from ckptkit.handlers.base import CheckpointHandler
 from ckptkit.index import INDEX_FILE
 from ckptkit.location import FileLocation, Location
@@ -25,6 +26,7 @@ __all__ = [
     "is_description",
     "make_handler",
     "one_args",
+    "providers",
     "read_unswapped",
     "resolved",
     "step_metadata",
@@ -115,6 +117,16 @@ def step_metadata(location: Location) -> StepMetadata:
     return decode_step(location.read_bytes(STEP_FILE), f"{location.url}/{STEP_FILE}")
 
 
+def providers(registry: Registry, recorded: str | dict[str, str]) -> dict[str, str]:
+    """Who provides the handlers that a checkpoint records, by type string; nobody for one that is not registered."""
+    typestrs = {recorded} if isinstance(recorded, str) else set(recorded.values())
+    found: dict[str, str] = {}
+    for typestr in sorted(typestrs):
+        with contextlib.suppress(errors.RegistryError):
+            found[typestr] = registry.provider_of(typestr)
+    return found
+
+
 def stored_handler(registry: Registry, location: Location, own: Registry | None = None) -> CheckpointHandler:
     """The handler that a checkpoint asks for: by its recorded type string, else by the files that are there.
 
@@ -124,7 +136,7 @@ def stored_handler(registry: Registry, location: Location, own: Registry | None 
     """
     recorded = step_metadata(location).item_handlers
     if isinstance(recorded, str):
-        return make_handler(registry.handler_for_typestr(recorded), own)
+        return make_handler(handler_class_for(registry, location, recorded), own)
     if isinstance(recorded, dict):
         return make_handler(registry.handler_for_args(args_lib.Composite, use="restore"), own)
     if (args_class := args_for_files(location, registry)) is not None:

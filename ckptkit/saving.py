@@ -9,26 +9,12 @@ from typing import Any
 import attrs
 from etils import epath
 
-from ckptkit import commit, discovery, errors, reports
+from ckptkit import commit, discovery, reports
 from ckptkit.file_list import write_file_list
 from ckptkit.handlers.base import CheckpointHandler
 from ckptkit.metadata.step import STEP_FILE, StepMetadata, encode_step
 
-__all__ = ["Saving", "checked_futures"]
-
-
-def checked_futures(handler: CheckpointHandler, returned: Any) -> list[futures.Future[Any]]:
-    """What an `async_save` returned, as a list.
-
-    Raises:
-      errors.PluginError: something else than futures of `concurrent.futures`, which alone can be waited for and cancelled.
-    """
-    made = [] if returned is None else list(returned)
-    if wrong := [future for future in made if not isinstance(future, futures.Future)]:
-        raise errors.PluginError(
-            f"{type(handler).__name__}.async_save returned {wrong[0]!r}; expected a list of concurrent.futures.Future, or None."
-        )
-    return made
+__all__ = ["Saving"]
 
 
 class Saving:
@@ -66,7 +52,7 @@ class Saving:
             step = attrs.evolve(self._step, commit_timestamp_nsecs=time.time_ns())
             described = encode_step(step)
             # The list before `_CHECKPOINT_METADATA`, which Orbax writes first: `commit.clean` tells the two's leftovers apart.
-            write_file_list(temporary, self._tracker.covered, {STEP_FILE: described})
+            write_file_list(temporary, self._tracker.covered, {STEP_FILE: described}, self._step.providers)
             temporary.write_bytes(STEP_FILE, described)
             self._pending.commit()
         except BaseException:

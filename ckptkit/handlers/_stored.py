@@ -9,10 +9,12 @@ from types import TracebackType
 from typing import Any, Self
 
 from ckptkit import args as args_lib
-from ckptkit import errors
+from ckptkit import errors, providers
 from ckptkit._gc import paused_gc
+from ckptkit.file_list import read_file_list
 from ckptkit.grid import Array, ArraySpec, Index
 from ckptkit.handlers._legacy import Aggregate, ArraysReader, document_of_names, read_aggregate
+from ckptkit.handlers.base import CheckpointHandler
 from ckptkit.index import INDEX_FILE, IndexDocument, decode_index
 from ckptkit.leaves.base import LeafSpec, RestoreArgs, TypeHandler
 from ckptkit.location import Location
@@ -21,10 +23,11 @@ from ckptkit.metadata import sharding as sharding_documents
 from ckptkit.metadata.msgpack import AGGREGATE_FILE
 from ckptkit.metadata.tree import TREE_FILE, Entry, TreeDocument, decode_tree, is_empty_node
 from ckptkit.options import OnCorrupt
+from ckptkit.pipeline import answers
 from ckptkit.registry import Registry
-from ckptkit.storage.base import Reader, StorageBackend
+from ckptkit.storage.base import Reader
 
-__all__ = ["StoredTree", "args_for_files", "item_folders"]
+__all__ = ["StoredTree", "args_for_files", "handler_class_for", "item_folders"]
 
 _JSON_FILE = "metadata"
 
@@ -58,15 +61,29 @@ def _args_for_marks(location: Location) -> type[args_lib.CheckpointArgs] | None:
 
 def _names_tell(location: Location, registry: Registry) -> bool:
     """Whether there are arrays whose names alone make a tree."""
-    if (backend := _backend(location, registry)) is None:
+    if (backend := answers.recognising(registry, location)) is None:
         return False
-    with contextlib.closing(backend.reader(location)) as reader:
-        return document_of_names(location, list(reader.arrays())) is not None
+    with contextlib.closing(answers.opened(registry, backend, location)) as reader:
+        return document_of_names(location, list(answers.stored_arrays(registry, reader))) is not None
 
 
-def _backend(location: Location, registry: Registry) -> StorageBackend | None:
-    """The storage backend that recognises the arrays in a directory, if one does."""
-    return next((backend for backend in registry.storages() if backend.recognises(location)), None)
+def handler_class_for(registry: Registry, location: Location, typestr: str) -> type[CheckpointHandler]:
+    """The handler class that reads what a checkpoint, or an item of it, records.
+
+    Args:
+      registry: where to look.
+      location: the checkpoint.
+      typestr: what it records.
+
+    Raises:
+      errors.RegistryError: none is registered; names who provided it, and how to install that.
+    """
+    try:
+        return registry.handler_for_typestr(typestr)
+    except errors.RegistryError as error:
+        listed = read_file_list(location)
+        advice = providers.way_out(None if listed is None else listed.providers.get(typestr))
+        raise errors.RegistryError(f"{location.url}: {error}\nThe handler is missing: {advice}.") from None
 
 
 class StoredTree:
@@ -158,7 +175,7 @@ class StoredTree:
 
     def _listed_arrays(self) -> Mapping[str, ArraySpec]:
         try:
-            return self.reader.arrays()
+            return answers.stored_arrays(self._registry, self.reader)
         except errors.FormatError as error:
             if self.index is None:  # another program's, which may have more formats than this one reads
                 raise
@@ -208,8 +225,7 @@ class StoredTree:
         """
         handler = self._registry.type_handler_named(spec.typestr)
         if handler is None:
-            provider = self.index.providers.get(spec.typestr) if self.index is not None else None
-            advice = f"install it ({provider} wrote this checkpoint)" if provider else "register a type handler for it"
+            advice = providers.way_out(self.index.providers.get(spec.typestr) if self.index is not None else None)
             raise errors.RegistryError(
                 f"{self.location.url} holds leaves of type {spec.typestr!r}, for which no type handler is registered; {advice}, "
                 f"or restore into another type with a target.{self._registry.failures_note()}"
@@ -234,8 +250,14 @@ class StoredTree:
         return records
 
     def _open(self) -> Reader:
-        if (backend := _backend(self.location, self._registry)) is not None:
-            return backend.reader(self.location)
+        if (backend := answers.recognising(self._registry, self.location)) is not None:
+            return answers.opened(self._registry, backend, self.location)
+        for name, provider in ({} if self.index is None else self.index.storage).items():
+            if all(name != known.name for known in self._registry.storages()):
+                raise errors.RegistryError(
+                    f"{self.location.url} is stored by the storage backend {name!r}, which is not registered here: "
+                    f"{providers.way_out(provider)}.{self._registry.failures_note()}"
+                )
         if self._aggregate is None and not self.location.exists(TREE_FILE):
             raise self._no_tree()
         known = ", ".join(repr(backend.name) for backend in self._registry.storages())

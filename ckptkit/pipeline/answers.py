@@ -1,4 +1,4 @@
-"""What type handlers and storage backends answer, checked: a plugin's mistake is one error that says whose it is.
+"""What handlers, type handlers and storage backends answer, checked: a plugin's mistake is one error that says whose it is.
 
 Each function makes one call for a batch and looks at the answer as a whole, and closer at what differs in it: at a layout
 that 10,000 leaves share, once. What a plugin raises that is no error of ckptkit's is its mistake too; what the operating
@@ -7,8 +7,10 @@ system says, and what ckptkit's own classes raise, stays what it is.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Coroutine, Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,25 +18,34 @@ import orjson
 
 from ckptkit import errors
 from ckptkit.grid import Array, ArraySpec, Chunk, Index, chunk_count, index_shape
+from ckptkit.handlers.base import CheckpointHandler
 from ckptkit.leaves.base import Leaf, LeafSpec, Problem, RestoreArgs, TypeHandler
+from ckptkit.location import Location
 from ckptkit.options import RestoreDefaults
 from ckptkit.processes import Job
 from ckptkit.registry import Registry
-from ckptkit.storage.base import StorageBackend
+from ckptkit.storage.base import Reader, StorageBackend
 
 __all__ = [
     "Answers",
     "assembled",
     "calling",
     "chunks",
+    "coroutine",
     "described",
+    "futures",
     "instance",
     "needed",
+    "opened",
     "owned",
+    "recognising",
     "refusals",
     "requested",
     "signature",
     "staged_sizes",
+    "stored_arrays",
+    "synchronous",
+    "typestr",
 ]
 
 T = TypeVar("T")
@@ -265,6 +276,75 @@ def refusals(registry: Registry, backend: StorageBackend, arrays: Sequence[Array
     """What `StorageBackend.refuse` says of arrays."""
     with calling(registry, backend, "refuse") as answers:
         return answers.each(backend.refuse(arrays), len(arrays), "array", (str, type(None)))
+
+
+def recognising(registry: Registry, location: Location) -> StorageBackend | None:
+    """The first storage backend that says that it recognises what is in a directory."""
+    for backend in registry.storages():
+        with calling(registry, backend, "recognises"):
+            if backend.recognises(location):
+                return backend
+    return None
+
+
+def opened(registry: Registry, backend: StorageBackend, location: Location) -> Reader:
+    """What `StorageBackend.reader` returns."""
+    with calling(registry, backend, "reader") as answers:
+        return instance(answers, backend.reader(location), Reader)
+
+
+def stored_arrays(registry: Registry, reader: Reader) -> Mapping[str, ArraySpec]:
+    """What `Reader.arrays` says."""
+    with calling(registry, reader, "arrays") as answers:
+        found: Mapping[str, ArraySpec] = instance(answers, reader.arrays(), Mapping)
+        values = answers.each(list(found.values()), len(found), "array", (ArraySpec,))
+        if wrong := [name for name, spec in zip(found, values, strict=True) if spec.name != name]:
+            raise answers.mistake(f"returned an ArraySpec of another name for {_shown(wrong[0])}")
+        for layout in _distinct(answers, [spec[1:] for spec in values]):
+            if (reason := _wrong_layout(*layout)) is not None:
+                raise answers.mistake(f"returned an ArraySpec of shape, dtype and chunk_shape {layout}: {reason}")
+        return found
+
+
+def typestr(registry: Registry, handler: CheckpointHandler) -> str:
+    """The type string of a handler."""
+    answers = Answers(registry, handler, "typestr")
+    found = instance(answers, handler.typestr(), str)
+    if not found:
+        raise answers.mistake("returned ''; expected a name by which another process finds the handler again")
+    return found
+
+
+def coroutine(registry: Registry, handler: CheckpointHandler, answer: Any) -> Coroutine[Any, Any, Any]:
+    """What calling `async_save` returns, before it is awaited."""
+    if not inspect.iscoroutine(answer):
+        raise Answers(registry, handler, "async_save").mistake(
+            f"returned {_shown(answer)}; expected a coroutine: define it with async def"
+        )
+    return answer
+
+
+def futures(registry: Registry, handler: CheckpointHandler, answer: Any) -> list[concurrent.futures.Future[Any]]:
+    """What awaiting `async_save` gives; nobody writes any more where that is wrong."""
+    listed = [] if answer is None else list(answer) if isinstance(answer, Sequence) else [answer]
+    made = [future for future in listed if isinstance(future, concurrent.futures.Future)]
+    if isinstance(answer, Sequence | None) and len(made) == len(listed):
+        return made
+    for future in made:
+        future.cancel()
+    concurrent.futures.wait(made)  # the directory is about to be removed
+    raise Answers(registry, handler, "async_save").mistake(
+        f"returned {_shown(answer)}; expected a list of concurrent.futures.Future, or None"
+    )
+
+
+def synchronous(registry: Registry, handler: CheckpointHandler, answer: Any) -> None:
+    """What `save` of a handler returns, which must not be a coroutine: nothing would have been written."""
+    if inspect.iscoroutine(answer):
+        answer.close()
+        raise Answers(registry, handler, "save").mistake(
+            "is a coroutine; expected a plain method, or a subclass of AsyncCheckpointHandler with async_save"
+        )
 
 
 def _distinct(answers: Answers, values: Sequence[Any]) -> set[Any]:
