@@ -262,15 +262,11 @@ class _Tree:
         recorded = {} if self._index is None else self._index.providers
         for typestr in self.leaves:
             handler = self._registry.type_handler_named(typestr)
-            yield _need(
-                "leaf type",
-                typestr,
-                recorded.get(typestr),
-                None if handler is None else self._registry.owner_of(handler).provider,
-            )
+            here = None if handler is None else self._registry.owner_of(handler).provider
+            yield _need("leaf type", typestr, recorded.get(typestr), here)
         if self.storage is not None:
-            here = {backend.name: self._registry.owner_of(backend).provider for backend in self._registry.storages()}
-            yield _need("storage backend", self.storage, self._written_by.get(self.storage), here.get(self.storage))
+            known = {backend.name: self._registry.owner_of(backend).provider for backend in self._registry.storages()}
+            yield _need("storage backend", self.storage, self._written_by.get(self.storage), known.get(self.storage))
 
 
 def _handler_need(registry: Registry, typestr: str, written_by: str | None) -> Need:

@@ -25,7 +25,7 @@ from ckptkit.metadata.tree import TREE_FILE, Entry, TreeDocument, decode_tree, i
 from ckptkit.options import OnCorrupt
 from ckptkit.pipeline import answers
 from ckptkit.registry import Registry
-from ckptkit.storage.base import Reader
+from ckptkit.storage.base import Reader, StorageBackend
 
 __all__ = ["StoredTree", "args_for_files", "handler_class_for", "item_folders"]
 
@@ -63,8 +63,15 @@ def _names_tell(location: Location, registry: Registry) -> bool:
     """Whether there are arrays whose names alone make a tree."""
     if (backend := answers.recognising(registry, location)) is None:
         return False
-    with contextlib.closing(answers.opened(registry, backend, location)) as reader:
-        return document_of_names(location, list(answers.stored_arrays(registry, reader))) is not None
+    with contextlib.closing(_reader(registry, backend, location)) as reader:
+        with answers.calling(registry, reader, "arrays") as asked:
+            arrays = answers.stored_arrays(asked, reader.arrays())
+        return document_of_names(location, list(arrays)) is not None
+
+
+def _reader(registry: Registry, backend: StorageBackend, location: Location) -> Reader:
+    with answers.calling(registry, backend, "reader") as asked:
+        return answers.instance(asked, backend.reader(location), Reader)
 
 
 def handler_class_for(registry: Registry, location: Location, typestr: str) -> type[CheckpointHandler]:
@@ -175,7 +182,8 @@ class StoredTree:
 
     def _listed_arrays(self) -> Mapping[str, ArraySpec]:
         try:
-            return answers.stored_arrays(self._registry, self.reader)
+            with answers.calling(self._registry, self.reader, "arrays") as asked:
+                return answers.stored_arrays(asked, self.reader.arrays())
         except errors.FormatError as error:
             if self.index is None:  # another program's, which may have more formats than this one reads
                 raise
@@ -251,7 +259,8 @@ class StoredTree:
 
     def _open(self) -> Reader:
         if (backend := answers.recognising(self._registry, self.location)) is not None:
-            return answers.opened(self._registry, backend, self.location)
+            with answers.calling(self._registry, backend, "reader") as asked:
+                return answers.instance(asked, backend.reader(self.location), Reader)
         for name, provider in ({} if self.index is None else self.index.storage).items():
             if all(name != known.name for known in self._registry.storages()):
                 raise errors.RegistryError(

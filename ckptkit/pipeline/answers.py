@@ -1,8 +1,9 @@
 """What handlers, type handlers and storage backends answer, checked: a plugin's mistake is one error that says whose it is.
 
-Each function makes one call for a batch and looks at the answer as a whole, and closer at what differs in it: at a layout
-that 10,000 leaves share, once. What a plugin raises that is no error of ckptkit's is its mistake too; what the operating
-system says, and what ckptkit's own classes raise, stays what it is.
+Each function looks at the answer for a batch as a whole, and closer at what differs in it: at a layout that 10,000 leaves
+share, once. Most make the call too; what leads to TensorStore is called by the pipeline itself, to keep the stack flat.
+What a plugin raises that is no error of ckptkit's is its mistake too; what the operating system says, and what ckptkit's
+own classes raise, stays what it is.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ckptkit.location import Location
 from ckptkit.options import RestoreDefaults
 from ckptkit.processes import Job
 from ckptkit.registry import Registry
-from ckptkit.storage.base import Reader, StorageBackend
+from ckptkit.storage.base import StorageBackend
 
 __all__ = [
     "Answers",
@@ -36,7 +37,6 @@ __all__ = [
     "futures",
     "instance",
     "needed",
-    "opened",
     "owned",
     "recognising",
     "refusals",
@@ -146,9 +146,7 @@ def described(registry: Registry, handler: TypeHandler[Any], leaves: Sequence[Le
             if wrong:
                 what = "a str inline and no array" if inline else f"an ArraySpec named {leaf.name!r}"
                 raise answers.mistake(f"returned {_shown(spec)} for {leaf.name!r}; expected a LeafSpec with {what}")
-        for layout in _distinct(answers, [spec.array[1:] for _, spec in specs if spec.array is not None]):
-            if (reason := _wrong_layout(*layout)) is not None:
-                raise answers.mistake(f"returned an ArraySpec of shape, dtype and chunk_shape {layout}: {reason}")
+        _check_layouts(answers, [spec.array for _, spec in specs if spec.array is not None])
         _check_json(answers, [spec for _, spec in specs])
         return found
 
@@ -162,6 +160,12 @@ def _check_json(answers: Answers, specs: Sequence[LeafSpec]) -> None:
             raise answers.mistake(
                 f"returned a LeafSpec with {_shown(value)} as extra or sharding ({error}); expected a dict that JSON holds"
             ) from error
+
+
+def _check_layouts(answers: Answers, arrays: Sequence[ArraySpec]) -> None:
+    for layout in _distinct(answers, [array[1:] for array in arrays]):
+        if (reason := _wrong_layout(*layout)) is not None:
+            raise answers.mistake(f"returned an ArraySpec of shape, dtype and chunk_shape {layout}: {reason}")
 
 
 def _wrong_layout(shape: Any, dtype: Any, chunk_shape: Any) -> str | None:
@@ -287,23 +291,14 @@ def recognising(registry: Registry, location: Location) -> StorageBackend | None
     return None
 
 
-def opened(registry: Registry, backend: StorageBackend, location: Location) -> Reader:
-    """What `StorageBackend.reader` returns."""
-    with calling(registry, backend, "reader") as answers:
-        return instance(answers, backend.reader(location), Reader)
-
-
-def stored_arrays(registry: Registry, reader: Reader) -> Mapping[str, ArraySpec]:
+def stored_arrays(answers: Answers, found: Any) -> Mapping[str, ArraySpec]:
     """What `Reader.arrays` says."""
-    with calling(registry, reader, "arrays") as answers:
-        found: Mapping[str, ArraySpec] = instance(answers, reader.arrays(), Mapping)
-        values = answers.each(list(found.values()), len(found), "array", (ArraySpec,))
-        if wrong := [name for name, spec in zip(found, values, strict=True) if spec.name != name]:
-            raise answers.mistake(f"returned an ArraySpec of another name for {_shown(wrong[0])}")
-        for layout in _distinct(answers, [spec[1:] for spec in values]):
-            if (reason := _wrong_layout(*layout)) is not None:
-                raise answers.mistake(f"returned an ArraySpec of shape, dtype and chunk_shape {layout}: {reason}")
-        return found
+    arrays: Mapping[str, ArraySpec] = instance(answers, found, Mapping)
+    values = answers.each(list(arrays.values()), len(arrays), "array", (ArraySpec,))
+    if wrong := [name for name, spec in zip(arrays, values, strict=True) if spec.name != name]:
+        raise answers.mistake(f"returned an ArraySpec of another name for {_shown(wrong[0])}")
+    _check_layouts(answers, values)
+    return arrays
 
 
 def typestr(registry: Registry, handler: CheckpointHandler) -> str:
@@ -330,9 +325,7 @@ def futures(registry: Registry, handler: CheckpointHandler, answer: Any) -> list
     made = [future for future in listed if isinstance(future, concurrent.futures.Future)]
     if isinstance(answer, Sequence | None) and len(made) == len(listed):
         return made
-    for future in made:
-        future.cancel()
-    concurrent.futures.wait(made)  # the directory is about to be removed
+    concurrent.futures.wait([future for future in made if not future.cancel()])  # the directory is about to be removed
     raise Answers(registry, handler, "async_save").mistake(
         f"returned {_shown(answer)}; expected a list of concurrent.futures.Future, or None"
     )
