@@ -123,6 +123,8 @@ def signature(registry: Registry, handler: TypeHandler[Any], leaves: Sequence[An
     """What `TypeHandler.signature` says of leaves."""
     with calling(registry, handler, "signature") as answers:
         found = handler.signature(leaves)
+        if answers.is_builtin:
+            return found  # whose hash, 6 ms for 10,000 jax.Arrays, is computed when the plan is looked up
         try:
             hash(found)
         except TypeError as error:
