@@ -152,7 +152,7 @@ def test_a_name_in_the_list_never_leads_outside(tmp_path: Path) -> None:
     path = save(tmp_path / "c")
     from ckptkit import file_list
 
-    (path / FILE_LIST).write_bytes(file_list._encode({"../outside": file_list.Listed(0, "0" * 16)}))
+    (path / FILE_LIST).write_bytes(file_list._encode({"../outside": file_list.Listed(0, "0" * 16)}, {}))
     with pytest.raises(errors.CorruptCheckpointError, match="does not stay inside"):
         ckptkit.restore(path)
 

@@ -249,6 +249,10 @@ class TypeHandler(abc.ABC, Generic[L]):
         """
         return RestoreArgs(target=target, defaults=defaults)
 
+    def requests(self, targets: Sequence[Any], specs: Sequence[LeafSpec], defaults: RestoreDefaults) -> Sequence[RestoreArgs]:
+        """What `request` says of each leaf. The pipeline calls this one, once for all leaves of the handler."""
+        return [self.request(target, spec, defaults) for target, spec in zip(targets, specs, strict=True)]
+
     @abc.abstractmethod
     def needs(self, specs: Sequence[LeafSpec], requests: Sequence[RestoreArgs], job: Job) -> Sequence[Sequence[Index] | Problem]:
         """For each leaf the parts of the stored array that this process must read, or why it cannot be restored."""

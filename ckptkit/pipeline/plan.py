@@ -14,6 +14,7 @@ from ckptkit.grid import ArraySpec, Index
 from ckptkit.leaves.base import Leaf, LeafSpec, Problem, SaveArgs, TypeHandler
 from ckptkit.meeting import current_meeting
 from ckptkit.options import StorageOptions
+from ckptkit.pipeline import answers
 from ckptkit.pipeline.limits import BATCH_BYTE_SIZE, BATCH_LEAVES
 from ckptkit.processes import Job
 from ckptkit.registry import Registry
@@ -73,6 +74,7 @@ class SavePlan:
       backend: where their chunks go.
       options: for the backend.
       max_inflight_bytes: bound of the host memory that staged copies take.
+      registry: knows whose type handlers and backend they are.
     """
 
     structure: tree.Structure
@@ -81,6 +83,7 @@ class SavePlan:
     backend: StorageBackend
     options: StorageOptions
     max_inflight_bytes: int
+    registry: Registry
 
     @property
     def arrays(self) -> list[ArraySpec]:
@@ -112,6 +115,7 @@ def plan_save(
 
     Raises:
       errors.TreeError: lists every leaf that cannot be saved.
+      errors.PluginError: a type handler or the backend did not return what it must.
     """
     values, structure = tree.flatten(item)
     problems: dict[int, str] = {}
@@ -122,13 +126,15 @@ def plan_save(
 
     def make() -> SavePlan:
         args = [None] * len(values) if save_args is None else tree.flatten_alike(structure, save_args, "save_args")
-        return _plan(structure, values, members, args, backend, options, max_inflight_bytes, problems)
+        return _plan(structure, values, members, args, registry, backend, options, max_inflight_bytes, problems)
 
-    signatures = [(handler, handler.signature([values[i] for i in positions])) for handler, positions in members.items()]
+    signatures = [
+        (handler, answers.signature(registry, handler, [values[i] for i in positions])) for handler, positions in members.items()
+    ]
     if save_args is not None or problems or any(signature is None for _, signature in signatures):
         return make(), values
     kinds = tuple(map(type, values))  # which leaf is whose, and which empty node is which
-    return _plans.get((structure, kinds, tuple(signatures), backend, options, max_inflight_bytes, job), make), values
+    return _plans.get((structure, kinds, tuple(signatures), registry, backend, options, max_inflight_bytes, job), make), values
 
 
 def _refuse_backend(backend: StorageBackend, job: Job) -> None:
@@ -139,11 +145,12 @@ def _refuse_backend(backend: StorageBackend, job: Job) -> None:
         )
 
 
-def _plan(
+def _plan(  # noqa: PLR0913, PLR0917 - what `plan_save` is given, and what it has found
     structure: tree.Structure,
     values: Sequence[Any],
     members: Mapping[TypeHandler[Any], Sequence[int]],
     args: Sequence[Any],
+    registry: Registry,
     backend: StorageBackend,
     options: StorageOptions,
     max_inflight_bytes: int,
@@ -154,21 +161,23 @@ def _plan(
     nodes: list[Any] = list(values)
     for handler, positions in members.items():
         leaves = [Leaf(structure.paths[i], structure.names[i], values[i], _checked(args[i], i, problems)) for i in positions]
-        described[handler] = leaves, _described(handler, leaves, positions, problems)
+        described[handler] = leaves, _described(registry, handler, leaves, positions, problems)
         for i, spec in zip(positions, described[handler][1], strict=True):
             nodes[i] = spec
     stored = sorted(i for positions in members.values() for i in positions)
-    _refusals(backend, [(i, nodes[i].array) for i in stored if i not in problems and nodes[i].array is not None], problems)
+    arrays = [(i, nodes[i].array) for i in stored if i not in problems and nodes[i].array is not None]
+    _refusals(registry, backend, arrays, problems)
     _raise(structure, problems, tree.name_collisions(structure, stored))
-    owned = {handler: handler.owned(*leaves_and_specs, job) for handler, leaves_and_specs in described.items()}
+    owned = {handler: answers.owned(registry, handler, *leaves_and_specs, job) for handler, leaves_and_specs in described.items()}
     for handler, positions in members.items():
         problems |= {i: mine.message for i, mine in zip(positions, owned[handler], strict=True) if isinstance(mine, Problem)}
     _raise(structure, problems)
-    groups = [
-        Group(handler, specs, list(_batches(handler, members[handler], leaves, specs, owned[handler], max_inflight_bytes)))
-        for handler, (leaves, specs) in described.items()
-    ]
-    return SavePlan(structure, nodes, groups, backend, options, max_inflight_bytes)
+    batches = {
+        handler: list(_batches(registry, handler, members[handler], *leaves_and_specs, owned[handler], max_inflight_bytes))
+        for handler, leaves_and_specs in described.items()
+    }
+    groups = [Group(handler, specs, batches[handler]) for handler, (_, specs) in described.items()]
+    return SavePlan(structure, nodes, groups, backend, options, max_inflight_bytes, registry)
 
 
 def _raise(structure: tree.Structure, problems: Mapping[int, str], further: Sequence[str] = ()) -> None:
@@ -178,6 +187,7 @@ def _raise(structure: tree.Structure, problems: Mapping[int, str], further: Sequ
 
 
 def _batches(
+    registry: Registry,
     handler: TypeHandler[Any],
     positions: Sequence[int],
     leaves: Sequence[Leaf],
@@ -189,7 +199,7 @@ def _batches(
     limit = min(BATCH_BYTE_SIZE, max(1, max_inflight_bytes // 2))
     each = zip(positions, leaves, specs, owned, strict=True)
     cells = [(i, leaf.value, spec, cell) for i, leaf, spec, its_cells in each for cell in its_cells]
-    sizes = handler.staged_nbytes([cell[1:] for cell in cells])
+    sizes = answers.staged_sizes(registry, handler, [cell[1:] for cell in cells])
     pieces = [(i, spec, cell) for i, _, spec, cell in cells]
     start = held = 0
     for number, size in enumerate(sizes):
@@ -255,19 +265,19 @@ def _checked(args: Any, position: int, problems: dict[int, str]) -> SaveArgs | N
 
 
 def _described(
-    handler: TypeHandler[Any], leaves: Sequence[Leaf], members: Sequence[int], problems: dict[int, str]
+    registry: Registry, handler: TypeHandler[Any], leaves: Sequence[Leaf], members: Sequence[int], problems: dict[int, str]
 ) -> Sequence[LeafSpec]:
-    described = handler.describe(leaves)
-    if len(described) != len(leaves):
-        raise errors.PluginError(f"{type(handler)}.describe returned {len(described)} results for {len(leaves)} leaves.")
+    described = answers.described(registry, handler, leaves)
     for i, spec in zip(members, described, strict=True):
         if isinstance(spec, Problem):
             problems.setdefault(i, spec.message)
     return described  # type: ignore[return-value]  # where a Problem is among them, the plan is never made
 
 
-def _refusals(backend: StorageBackend, arrays: Sequence[tuple[int, ArraySpec]], problems: dict[int, str]) -> None:
-    reasons = backend.refuse([array for _, array in arrays])
+def _refusals(
+    registry: Registry, backend: StorageBackend, arrays: Sequence[tuple[int, ArraySpec]], problems: dict[int, str]
+) -> None:
+    reasons = answers.refusals(registry, backend, [array for _, array in arrays])
     for (i, _), reason in zip(arrays, reasons, strict=True):
         if reason is not None:
             problems[i] = reason

@@ -13,24 +13,25 @@ import attrs
 
 from ckptkit import errors, reports
 from ckptkit._gc import paused_gc
-from ckptkit.grid import Array, Chunk, index_nbytes, index_shape
+from ckptkit.grid import index_nbytes
 from ckptkit.index import Checksums
 from ckptkit.leaves.base import TypeHandler
 from ckptkit.location import Location
 from ckptkit.meeting import Meeting, current_meeting
-from ckptkit.pipeline import together
+from ckptkit.pipeline import answers, together
 from ckptkit.pipeline.plan import Batch, SavePlan
+from ckptkit.registry import Registry
 from ckptkit.storage.base import Writer
 
 __all__ = ["start_save"]
 
 
 class _Staged(NamedTuple):
-    """A batch on its way to storage: its type handler, its plan, and the values of its cells."""
+    """A batch on its way to storage: its type handler, its plan, and what was staged of it."""
 
     handler: TypeHandler[Any]
     batch: Batch
-    arrays: Sequence[Array]
+    arrays: Any
 
 
 class _SaveFuture(Future[None]):
@@ -117,7 +118,7 @@ def start_save(
             budget.acquire(batch.held)
             if result.done():
                 break
-            with paused_gc():
+            with paused_gc(), answers.calling(plan.registry, handler, "stage"):
                 staged = handler.stage([(values[i], spec, cell) for i, spec, cell in batch.pieces])
             batches.put(_Staged(handler, batch, staged))
     except BaseException:
@@ -143,28 +144,6 @@ def _byte_count(plan: SavePlan, meeting: Meeting) -> int:
     return sum([index_nbytes(spec.array, cell) for _, spec, cell in pieces if spec.array is not None])
 
 
-def _chunks(staged: _Staged) -> Sequence[Chunk]:
-    """What was staged, as the backend takes it.
-
-    Raises:
-      errors.PluginError: the type handler did not return what it must.
-    """
-    handler, (pieces, _), arrays = staged
-    if len(arrays) != len(pieces):
-        raise errors.PluginError(f"{type(handler)}.stage returned {len(arrays)} arrays for {len(pieces)} cells.")
-    chunks = []
-    for (_, spec, cell), data in zip(pieces, arrays, strict=True):
-        array = spec.array
-        assert array is not None
-        if data.dtype != array.dtype or data.shape != index_shape(cell) or not data.flags.c_contiguous:
-            raise errors.PluginError(
-                f"{type(handler)}.stage returned a {data.dtype} array of shape {data.shape} for {array.name!r}; "
-                f"expected a C-contiguous {array.dtype} array of shape {index_shape(cell)}."
-            )
-        chunks.append(Chunk(array, cell, data))
-    return chunks
-
-
 def _write(
     plan: SavePlan,
     place: Callable[[], Location],
@@ -182,15 +161,18 @@ def _write(
         location = place()
         together.compare(meeting, plan, location)
         names = [array.name for array in plan.arrays]
-        tracker.covered.update(f"{location.url}/{path}" for path in plan.backend.data_directories(names))
-        with paused_gc():
-            writer = plan.backend.writer(location, plan.arrays, plan.options, meeting.job)
+        with answers.calling(plan.registry, plan.backend, "data_directories") as asked:
+            covered = answers.directories(asked, plan.backend.data_directories(names))
+        tracker.covered.update(f"{location.url}/{path}" for path in covered)
+        with paused_gc(), answers.calling(plan.registry, plan.backend, "writer") as asked:
+            writer = answers.instance(asked, plan.backend.writer(location, plan.arrays, plan.options, meeting.job), Writer)
         try:
             while (staged := batches.get()) is not None and not result.cancel_requested.is_set():
-                _write_batch(writer, _chunks(staged), checksums, _Written(budget, staged.batch.held, tracker))
+                _write_batch(plan.registry, writer, staged, checksums, _Written(budget, staged.batch.held, tracker))
                 del staged  # a view keeps jax from reusing a donated buffer; let it go as soon as its bytes are written
             _check_wanted(result)
-            writer.commit()
+            with answers.calling(plan.registry, writer, "commit"):
+                writer.commit()
         except BaseException:
             writer.abort()
             raise
@@ -212,9 +194,13 @@ def _check_wanted(result: _SaveFuture) -> None:
 
 
 @paused_gc()
-def _write_batch(writer: Writer, chunks: Sequence[Chunk], checksums: Mapping[str, Checksums], written: _Written) -> None:
+def _write_batch(
+    registry: Registry, writer: Writer, staged: _Staged, checksums: Mapping[str, Checksums], written: _Written
+) -> None:
+    chunks = answers.chunks(registry, staged.handler, staged.batch.pieces, staged.arrays)
     written.byte_count = sum([chunk.data.nbytes for chunk in chunks])
-    writer.write(chunks).add_done_callback(written)
+    with answers.calling(registry, writer, "write") as asked:
+        answers.instance(asked, writer.write(chunks), Future).add_done_callback(written)
     for chunk in chunks:
         checksums[chunk.array.name].add(chunk.index, chunk.data)
 
