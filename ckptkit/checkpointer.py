@@ -98,6 +98,7 @@ class Checkpointer:
           errors.StorageError: the disk failed; what was there before is still there.
         """
         saving = self._start(directory, args, kwargs, force=force, custom_metadata=custom_metadata)
+        saving.let_go()
         saving.finish()
 
     def restore(self, directory: Path, *args: Any, **kwargs: Any) -> Any:

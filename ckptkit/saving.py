@@ -137,6 +137,10 @@ class Saving:
         """It is for `thread` to end this save now, which has started."""
         self._under_way.hand_over(thread)
 
+    def let_go(self) -> None:
+        """The caller's call is about to return: writers, which hold back until then, may take the interpreter."""
+        self._tracker.let_go.set()
+
     def take(self) -> bool:
         """Whether the caller is the one to end this save, with `finish` or `abandon`: the first to ask is."""
         return self._taken.acquire(blocking=False)
@@ -192,6 +196,7 @@ class Saving:
         self._meeting.fail(error)
         for future in self.writing:
             future.cancel()
+        self.let_go()
         try:
             if futures.wait(self.writing, _STOP_SECS).not_done:
                 _stuck.append(self._begin)

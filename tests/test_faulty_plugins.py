@@ -14,7 +14,7 @@ import ckptkit
 from ckptkit import StandardCheckpointer, errors
 from ckptkit.args import CheckpointArgs, Composite
 from ckptkit.handlers import AsyncCheckpointHandler, CheckpointHandler
-from ckptkit.leaves import LeafSpec, RestoreArgs, TypeHandler
+from ckptkit.leaves import Kinds, LeafSpec, RestoreArgs, TypeHandler
 from ckptkit.leaves.numpy import NumpyHandler
 from ckptkit.registry import Owner, owned_by
 from ckptkit.storage import ArraySpec, whole
@@ -41,9 +41,6 @@ class Fractions(TypeHandler):
 
     def describe(self, leaves):
         return [LeafSpec(self.typestr, ArraySpec(leaf.name, (2,), INT, (2,))) for leaf in leaves]
-
-    def signature(self, leaves):
-        return (len(leaves),)
 
     def owned(self, leaves, specs, job):
         return [[PAIR] for _ in leaves]
@@ -134,7 +131,11 @@ SAVE_FAULTS = {
         {"describe": lambda leaves: [s._replace(extra={"at": {1}}) for s in array()(leaves)]},
         r"extra or sharding .* expected a dict that JSON holds",
     ),
-    "a signature that cannot be hashed": ({"signature": answer([1])}, r"signature returned what cannot be hashed"),
+    "kinds that cannot be hashed": ({"kinds": answer(Kinds((0, 0), ([1],)))}, r"kinds returned what cannot be hashed"),
+    "kinds of another class": ({"kinds": answer((0, 0))}, r"kinds returned \(0, 0\); expected a ckptkit.leaves.*Kinds"),
+    "too few numbers of kinds": ({"kinds": answer(Kinds((0,), ("a",)))}, r"kinds returned 1 results for 2"),
+    "kinds without keys": ({"kinds": answer(Kinds((0, 1), ("a",)))}, r"kinds returned the numbers \[0, 1\] for 1 kinds"),
+    "kinds that begin at 1": ({"kinds": answer(Kinds((1, 0), ("a", "b")))}, r"kinds returned the numbers \[1, 0\]"),
     "owns nothing": (
         {"owned": lambda leaves, specs, job: [() for _ in leaves]},
         r"owned returned 0 cells .* expected each of the 1",

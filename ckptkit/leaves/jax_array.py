@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ from ckptkit import errors
 from ckptkit.grid import Array, ArraySpec, Index, chunk_indices, fit_chunk_shape, index_nbytes, index_shape
 from ckptkit.leaves._requests import Wanted, clip, fit, resolve
 from ckptkit.leaves._shares import Shares, holding_processes
-from ckptkit.leaves.base import ArrayRestoreArgs, Leaf, LeafSpec, Problem, RestoreArgs, SaveArgs, TypeHandler
+from ckptkit.leaves.base import ArrayRestoreArgs, Kinds, Leaf, LeafSpec, Problem, RestoreArgs, SaveArgs, TypeHandler
 from ckptkit.metadata.sharding import ShardingMetadata, encode_sharding, to_jax
 from ckptkit.metadata.values import ArrayMetadata
 from ckptkit.options import MAX_CHUNK_BYTE_SIZE, RestoreDefaults
@@ -56,7 +56,7 @@ class JaxArrayHandler(TypeHandler[jax.Array]):
             return [_describe(leaf, layouts) for leaf in leaves]
         return [problems.get(i) or _describe(leaf, layouts) for i, leaf in enumerate(leaves)]
 
-    def signature(self, leaves: Sequence[jax.Array]) -> Hashable | None:
+    def kinds(self, leaves: Sequence[jax.Array]) -> Kinds | None:
         if _problems(leaves):
             return None
         numbers: dict[Any, int] = {}
@@ -65,7 +65,7 @@ class JaxArrayHandler(TypeHandler[jax.Array]):
         kinds = [(leaf.shape, leaf.dtype, id(sharding)) for leaf, sharding in zip(leaves, shardings, strict=True)]
         numbered = tuple([numbers.setdefault(kind, len(numbers)) for kind in kinds])
         by_id = {id(sharding): sharding for sharding in shardings}
-        return numbered, tuple([(shape, dtype, by_id[number]) for shape, dtype, number in numbers])
+        return Kinds(numbered, tuple([(shape, dtype, by_id[number]) for shape, dtype, number in numbers]))
 
     def owned(self, leaves: Sequence[Leaf], specs: Sequence[LeafSpec], job: Job) -> Sequence[Sequence[Index] | Problem]:
         shardings = {id(sharding): sharding for sharding in [leaf.value.sharding for leaf in leaves]}  # few, and slow to ask

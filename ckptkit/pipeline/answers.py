@@ -11,7 +11,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import inspect
-from collections.abc import Coroutine, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,7 +20,7 @@ import orjson
 from ckptkit import errors
 from ckptkit.grid import Array, ArraySpec, Chunk, Index, chunk_count, index_shape
 from ckptkit.handlers.base import CheckpointHandler
-from ckptkit.leaves.base import Leaf, LeafSpec, Problem, RestoreArgs, TypeHandler
+from ckptkit.leaves.base import Kinds, Leaf, LeafSpec, Problem, RestoreArgs, TypeHandler
 from ckptkit.location import Location
 from ckptkit.options import RestoreDefaults
 from ckptkit.processes import Job
@@ -38,12 +38,12 @@ __all__ = [
     "futures",
     "instance",
     "keys",
+    "kinds",
     "needed",
     "owned",
     "recognising",
     "refusals",
     "requested",
-    "signature",
     "staged_sizes",
     "stored_arrays",
     "synchronous",
@@ -121,16 +121,22 @@ def instance(answers: Answers, answer: T, kind: type) -> T:
     return answer
 
 
-def signature(registry: Registry, handler: TypeHandler[Any], leaves: Sequence[Any]) -> Hashable | None:
-    """What `TypeHandler.signature` says of leaves."""
-    with calling(registry, handler, "signature") as answers:
-        found = handler.signature(leaves)
-        if answers.is_builtin:
-            return found  # whose hash, 6 ms for 10,000 jax.Arrays, is computed when the plan is looked up
+def kinds(registry: Registry, handler: TypeHandler[Any], leaves: Sequence[Any]) -> Kinds | None:
+    """What `TypeHandler.kinds` says of leaves."""
+    with calling(registry, handler, "kinds") as answers:
+        found = handler.kinds(leaves)
+        if found is None or answers.is_builtin:
+            return found
+        instance(answers, found, Kinds)
         try:
             hash(found)
         except TypeError as error:
-            raise answers.mistake(f"returned what cannot be hashed ({error}); expected a tuple of hashables, or None") from error
+            raise answers.mistake(f"returned what cannot be hashed ({error}); expected Kinds of hashables, or None") from error
+        numbers = list(dict.fromkeys(answers.each(found.numbers, len(leaves), "leaf", (int,))))
+        if numbers != list(range(len(found.keys))):
+            raise answers.mistake(
+                f"returned the numbers {_shown(numbers)} for {len(found.keys)} kinds; expected them from 0 on, as they appear"
+            )
         return found
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from ckptkit import errors, tree
 from ckptkit._recent import Recent
 from ckptkit.grid import ArraySpec, Index
-from ckptkit.leaves.base import Leaf, LeafSpec, Problem, SaveArgs, TypeHandler
+from ckptkit.leaves.base import Kinds, Leaf, LeafSpec, Problem, SaveArgs, TypeHandler
 from ckptkit.meeting import current_meeting
 from ckptkit.options import StorageOptions
 from ckptkit.pipeline import answers
@@ -126,15 +126,16 @@ def plan_save(
 
     def make() -> SavePlan:
         args = [None] * len(values) if save_args is None else tree.flatten_alike(structure, save_args, "save_args")
-        return _plan(structure, values, members, args, registry, backend, options, max_inflight_bytes, problems)
+        alike = {} if job.others or save_args is not None else kinds  # processes share the cells of leaves that are alike
+        groups = [_Members(handler, positions, alike.get(handler)) for handler, positions in members.items()]
+        return _plan(structure, values, groups, args, registry, backend, options, max_inflight_bytes, problems)
 
-    signatures = [
-        (handler, answers.signature(registry, handler, [values[i] for i in positions])) for handler, positions in members.items()
-    ]
-    if save_args is not None or problems or any(signature is None for _, signature in signatures):
+    kinds = {handler: answers.kinds(registry, handler, [values[i] for i in positions]) for handler, positions in members.items()}
+    if save_args is not None or problems or None in kinds.values():
         return make(), values
-    kinds = tuple(map(type, values))  # which leaf is whose, and which empty node is which
-    return _plans.get((structure, kinds, tuple(signatures), registry, backend, options, max_inflight_bytes, job), make), values
+    types = tuple(map(type, values))  # which leaf is whose, and which empty node is which
+    key = (structure, types, tuple(kinds.items()), registry, backend, options, max_inflight_bytes, job)
+    return _plans.get(key, make), values
 
 
 def _refuse_backend(backend: StorageBackend, job: Job) -> None:
@@ -145,10 +146,55 @@ def _refuse_backend(backend: StorageBackend, job: Job) -> None:
         )
 
 
+class _Members:
+    """Leaves of one type handler; what holds for a kind of them is asked of the first leaf of the kind.
+
+    Attributes:
+      positions: of the leaves in the tree.
+      numbers: for each leaf the number of its kind.
+      firsts: for each kind its first leaf.
+      found: for each kind what describes that leaf.
+    """
+
+    def __init__(self, handler: TypeHandler[Any], positions: Sequence[int], kinds: Kinds | None) -> None:
+        self.handler = handler
+        self.positions = positions
+        self.numbers: Sequence[int] = range(len(positions)) if kinds is None else kinds.numbers
+        self.firsts: Sequence[Leaf] = ()
+        self.found: Sequence[LeafSpec | Problem] = ()
+
+    def first_positions(self) -> list[int]:
+        """Where the first leaf of each kind is in the tree."""
+        firsts: list[int] = []
+        for position, number in zip(self.positions, self.numbers, strict=True):
+            if number == len(firsts):
+                firsts.append(position)
+        return firsts
+
+    def note(self, found: Sequence[Any], problems: dict[int, str]) -> None:
+        """Keeps the problems among what was found for each kind."""
+        if wrong := {number: each.message for number, each in enumerate(found) if isinstance(each, Problem)}:
+            for position, number in zip(self.positions, self.numbers, strict=True):
+                if number in wrong:
+                    problems.setdefault(position, wrong[number])
+
+    def specs(self, names: Sequence[str]) -> list[LeafSpec | Problem]:
+        """For each leaf what describes it: what describes its kind, but for the name of the array."""
+        specs = []
+        for position, number in zip(self.positions, self.numbers, strict=True):
+            spec = self.found[number]
+            if isinstance(spec, LeafSpec) and spec.array is not None:
+                _, shape, dtype, chunk_shape = spec.array
+                array = ArraySpec(names[position], shape, dtype, chunk_shape)
+                spec = LeafSpec(spec.typestr, array, spec.inline, spec.sharding, spec.extra)
+            specs.append(spec)
+        return specs
+
+
 def _plan(  # noqa: PLR0913, PLR0917 - what `plan_save` is given, and what it has found
     structure: tree.Structure,
     values: Sequence[Any],
-    members: Mapping[TypeHandler[Any], Sequence[int]],
+    members: Sequence[_Members],
     args: Sequence[Any],
     registry: Registry,
     backend: StorageBackend,
@@ -157,27 +203,34 @@ def _plan(  # noqa: PLR0913, PLR0917 - what `plan_save` is given, and what it ha
     problems: dict[int, str],
 ) -> SavePlan:
     job = current_meeting().job
-    described: dict[TypeHandler[Any], tuple[Sequence[Leaf], Sequence[LeafSpec]]] = {}
     nodes: list[Any] = list(values)
-    for handler, positions in members.items():
-        leaves = [Leaf(structure.paths[i], structure.names[i], values[i], _checked(args[i], i, problems)) for i in positions]
-        described[handler] = leaves, _described(registry, handler, leaves, positions, problems)
-        for i, spec in zip(positions, described[handler][1], strict=True):
+    for each in members:
+        each.firsts = [
+            Leaf(tree.key_path(structure.keys[i]), structure.names[i], values[i], _checked(args[i], i, problems))
+            for i in each.first_positions()
+        ]
+        each.found = answers.described(registry, each.handler, each.firsts)
+        each.note(each.found, problems)
+        for i, spec in zip(each.positions, each.specs(structure.names), strict=True):
             nodes[i] = spec
-    stored = sorted(i for positions in members.values() for i in positions)
+    stored = sorted(i for each in members for i in each.positions)
     arrays = [(i, nodes[i].array) for i in stored if i not in problems and nodes[i].array is not None]
     _refusals(registry, backend, arrays, problems)
     _raise(structure, problems, tree.name_collisions(structure, stored))
-    owned = {handler: answers.owned(registry, handler, *leaves_and_specs, job) for handler, leaves_and_specs in described.items()}
-    for handler, positions in members.items():
-        problems |= {i: mine.message for i, mine in zip(positions, owned[handler], strict=True) if isinstance(mine, Problem)}
+    owned = [answers.owned(registry, each.handler, each.firsts, _sound(each.found), job) for each in members]
+    for each, found in zip(members, owned, strict=True):
+        each.note(found, problems)
     _raise(structure, problems)
-    batches = {
-        handler: list(_batches(registry, handler, members[handler], *leaves_and_specs, owned[handler], max_inflight_bytes))
-        for handler, leaves_and_specs in described.items()
-    }
-    groups = [Group(handler, specs, batches[handler]) for handler, (_, specs) in described.items()]
+    groups = []
+    for each, cells in zip(members, owned, strict=True):
+        batches = list(_batches(registry, each, nodes, cells, max_inflight_bytes))
+        groups.append(Group(each.handler, [nodes[i] for i in each.positions], batches))
     return SavePlan(structure, nodes, groups, backend, options, max_inflight_bytes, registry)
+
+
+def _sound(found: Sequence[LeafSpec | Problem]) -> Sequence[LeafSpec]:
+    """What was found, once all problems have been raised."""
+    return found  # type: ignore[return-value]
 
 
 def _raise(structure: tree.Structure, problems: Mapping[int, str], further: Sequence[str] = ()) -> None:
@@ -187,28 +240,33 @@ def _raise(structure: tree.Structure, problems: Mapping[int, str], further: Sequ
 
 
 def _batches(
-    registry: Registry,
-    handler: TypeHandler[Any],
-    positions: Sequence[int],
-    leaves: Sequence[Leaf],
-    specs: Sequence[LeafSpec],
-    owned: Sequence[Any],
-    max_inflight_bytes: int,
+    registry: Registry, members: _Members, nodes: Sequence[Any], owned: Sequence[Any], max_inflight_bytes: int
 ) -> Iterator[Batch]:
-    """The cells that this process writes; a batch fits into half the budget, or is one cell."""
+    """The cells that this process writes; a batch fits into half the budget, or is one cell.
+
+    Args:
+      registry: knows whose type handler it is.
+      members: the leaves.
+      nodes: per leaf of the tree, its spec.
+      owned: for each kind of the members its cells.
+      max_inflight_bytes: the budget.
+    """
     limit = min(BATCH_BYTE_SIZE, max(1, max_inflight_bytes // 2))
-    each = zip(positions, leaves, specs, owned, strict=True)
-    cells = [(i, leaf.value, spec, cell) for i, leaf, spec, its_cells in each for cell in its_cells]
-    sizes = answers.staged_sizes(registry, handler, [cell[1:] for cell in cells])
-    pieces = [(i, spec, cell) for i, _, spec, cell in cells]
-    start = held = 0
-    for number, size in enumerate(sizes):
-        if number > start and (held + size > limit or number - start >= BATCH_LEAVES):
-            yield Batch(pieces[start:number], held)
-            start, held = number, 0
-        held += size
+    firsts = zip(members.firsts, _sound(members.found), owned, strict=True)
+    asked = [(leaf.value, spec, cell) for leaf, spec, cells in firsts for cell in cells]
+    sizes = iter(answers.staged_sizes(registry, members.handler, asked))
+    sized = [[(cell, next(sizes)) for cell in cells] for cells in owned]
+    pieces: list[tuple[int, LeafSpec, Index]] = []
+    held = 0
+    for position, number in zip(members.positions, members.numbers, strict=True):
+        for cell, size in sized[number]:
+            if pieces and (held + size > limit or len(pieces) >= BATCH_LEAVES):
+                yield Batch(pieces, held)
+                pieces, held = [], 0
+            pieces.append((position, nodes[position], cell))
+            held += size
     if pieces:
-        yield Batch(pieces[start:], held)
+        yield Batch(pieces, held)
 
 
 class _Route(NamedTuple):
@@ -262,16 +320,6 @@ def _checked(args: Any, position: int, problems: dict[int, str]) -> SaveArgs | N
         return args
     problems[position] = f"save_args holds a {type(args).__name__} here; expected SaveArgs or None."
     return None
-
-
-def _described(
-    registry: Registry, handler: TypeHandler[Any], leaves: Sequence[Leaf], members: Sequence[int], problems: dict[int, str]
-) -> Sequence[LeafSpec]:
-    described = answers.described(registry, handler, leaves)
-    for i, spec in zip(members, described, strict=True):
-        if isinstance(spec, Problem):
-            problems.setdefault(i, spec.message)
-    return described  # type: ignore[return-value]  # where a Problem is among them, the plan is never made
 
 
 def _refusals(

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import attrs
 
@@ -24,6 +24,10 @@ from ckptkit.registry import Registry
 from ckptkit.storage.base import Writer
 
 __all__ = ["start_save"]
+
+
+_HOLD_BACK_SECS: Final = 0.1
+"""How long the writer holds back at most until the call has returned: two threads would take turns of 5 ms at the interpreter."""
 
 
 class _Staged(NamedTuple):
@@ -111,6 +115,7 @@ def start_save(
     try:
         for handler, batch in [(group.handler, batch) for group in plan.groups for batch in group.batches]:
             if not budget.fits(batch.held) and not writer.ident:
+                tracker.let_go.set()  # the call needs the writer, whatever that takes from it
                 with contextlib.suppress(RuntimeError):
                     writer.start()
                 if not writer.ident:
@@ -132,6 +137,7 @@ def start_save(
         with contextlib.suppress(RuntimeError):  # Python 3.12 starts none once the main thread has ended
             writer.start()
     if not writer.ident:
+        tracker.let_go.set()
         writer.run()  # then the caller writes, once everything is staged, whatever memory that took
     return result
 
@@ -155,8 +161,9 @@ def _write(
     result: _SaveFuture,
 ) -> None:
     """The writing thread: what is staged goes to the backend, then the documents go to the location."""
-    checksums = {array.name: Checksums(array) for array in plan.arrays}
+    tracker.let_go.wait(_HOLD_BACK_SECS)
     try:
+        checksums = {array.name: Checksums(array) for array in plan.arrays}
         _check_wanted(result)  # an interrupted caller that saw no thread yet has not waited for this one
         location = place()
         together.compare(meeting, plan, location)
