@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -62,7 +63,7 @@ class JaxArrayHandler(TypeHandler[jax.Array]):
         numbers: dict[Any, int] = {}
         shardings = [leaf.sharding for leaf in leaves]
         # By identity, since to hash a sharding takes longer than all the rest, and arrays of a tree share a few of them.
-        kinds = [(leaf.shape, leaf.dtype, id(sharding)) for leaf, sharding in zip(leaves, shardings, strict=True)]
+        kinds = zip([leaf.shape for leaf in leaves], [leaf.dtype for leaf in leaves], map(id, shardings), strict=True)
         numbered = tuple([numbers.setdefault(kind, len(numbers)) for kind in kinds])
         by_id = {id(sharding): sharding for sharding in shardings}
         return Kinds(numbered, tuple([(shape, dtype, by_id[number]) for shape, dtype, number in numbers]))
@@ -91,20 +92,24 @@ class JaxArrayHandler(TypeHandler[jax.Array]):
         if self._pinned_host:
             pinned = {i: _in_pinned_host(_raw(leaf), index) for i, (leaf, _, index) in enumerate(pieces) if self._pins(leaf)}
         _start_transfers([leaf for i, (leaf, _, _) in enumerate(pieces) if i not in pinned])
+        whole: dict[int, tuple[bool, Any]] = {}  # by spec, which the leaves of a kind share
         cutters: dict[int, Callable[[Index], Array]] = {}
         staged = []
-        for i, (leaf, (_, array, *_), index) in enumerate(pieces):
-            assert array is not None
+        for i, (leaf, spec, index) in enumerate(pieces):
+            if (known := whole.get(id(spec))) is None:
+                array = _stored_array(spec)
+                known = whole[id(spec)] = array.chunk_shape == leaf.shape, array.dtype
+            in_one_cell, dtype = known
             if i in pinned:
                 data = np.asarray(pinned[i])
-            elif array.chunk_shape == leaf.shape:  # one cell, so one shard; a key's data has an axis more than the key
+            elif in_one_cell:  # so of one shard; a key's data has an axis more than the key
                 data = np.asarray(leaf)
             else:
                 if (cut := cutters.get(id(leaf))) is None:
                     cut = cutters[id(leaf)] = _cutter(_raw(leaf))
                 data = cut(index)
-            if data.dtype != array.dtype:
-                data = data.astype(array.dtype)
+            if data.dtype != dtype:
+                data = data.astype(dtype)
             staged.append(data if data.flags.c_contiguous else np.ascontiguousarray(data))
         return staged
 
@@ -182,9 +187,12 @@ def _problems(values: Sequence[Any]) -> Mapping[int, Problem]:
     """What is wrong, by position. Where nothing is, a question to all of them tells; asking 10,000 one by one takes long."""
     kinds = set(map(type, values))
     arrays = all(issubclass(kind, jax.Array) and not issubclass(kind, jax.core.Tracer) for kind in kinds)
-    if arrays and not any(value.is_deleted() for value in values):
+    if arrays and not any(map(_is_deleted, values)):
         return {}
     return {i: problem for i, value in enumerate(values) if (problem := _problem(value))}
+
+
+_is_deleted = operator.methodcaller("is_deleted")
 
 
 def _problem(value: Any) -> Problem | None:

@@ -235,14 +235,12 @@ def staged_sizes(registry: Registry, handler: TypeHandler[Any], pieces: Sequence
 
 
 def chunks(
-    registry: Registry, handler: TypeHandler[Any], pieces: Sequence[tuple[int, LeafSpec, Index]], staged: Any
+    registry: Registry, handler: TypeHandler[Any], cells: Sequence[tuple[ArraySpec, Index]], staged: Any
 ) -> Sequence[Chunk]:
     """What `TypeHandler.stage` returned for cells, as a backend takes it."""
     answers = Answers(registry, handler, "stage")
     made = []
-    for (_, spec, cell), data in zip(pieces, answers.each(staged, len(pieces), "cell", (np.ndarray,)), strict=True):
-        array = spec.array
-        assert array is not None
+    for (array, cell), data in zip(cells, answers.each(staged, len(cells), "cell", (np.ndarray,)), strict=True):
         if data.dtype != array.dtype or data.shape != index_shape(cell) or not data.flags.c_contiguous:
             contiguous = "" if data.flags.c_contiguous else "not C-contiguous "
             raise answers.mistake(

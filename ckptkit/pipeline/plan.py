@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -47,7 +48,7 @@ class Batch(NamedTuple):
     """Cells of leaves of one type handler that are staged together.
 
     Attributes:
-      pieces: position of the leaf in the tree, its spec, the cell.
+      pieces: position of the leaf in the tree, the spec of its kind, the cell.
       held: host memory that staging them takes beside the caller's arrays, in bytes.
     """
 
@@ -56,21 +57,32 @@ class Batch(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Leaves of one type handler, in the order of the tree."""
+    """Leaves of one type handler, in the order of the tree.
+
+    Attributes:
+      handler: theirs.
+      positions: of the leaves in the tree.
+      numbers: for each leaf the number of its kind.
+      specs: for each kind what is stored of its first leaf.
+      batches: what this process writes.
+    """
 
     handler: TypeHandler[Any]
+    positions: Sequence[int]
+    numbers: Sequence[int]
     specs: Sequence[LeafSpec]
     batches: Sequence[Batch]
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, slots=False)  # slots would leave no room for the cached property
 class SavePlan:
     """What saving a tree will write. It holds no leaf, so that it serves the next tree of the same kind too.
 
     Attributes:
       structure: of the tree, empty nodes included.
-      nodes: per leaf of the structure, its spec, or the empty node itself.
+      empty: the empty nodes, by position.
       groups: the leaves that are stored, by type handler.
+      arrays: the arrays that hold leaves, by the position of the leaf.
       backend: where their chunks go.
       options: for the backend.
       max_inflight_bytes: bound of the host memory that staged copies take.
@@ -78,16 +90,23 @@ class SavePlan:
     """
 
     structure: tree.Structure
-    nodes: Sequence[LeafSpec | Any]
+    empty: Mapping[int, Any]
     groups: Sequence[Group]
+    arrays: Mapping[int, ArraySpec]
     backend: StorageBackend
     options: StorageOptions
     max_inflight_bytes: int
     registry: Registry
 
-    @property
-    def arrays(self) -> list[ArraySpec]:
-        return [spec.array for group in self.groups for spec in group.specs if spec.array is not None]
+    @functools.cached_property
+    def nodes(self) -> Sequence[LeafSpec | Any]:
+        """Per leaf of the structure, its spec, or the empty node itself; made after the caller was let go."""
+        nodes = dict(self.empty)
+        for group in self.groups:
+            for position, number in zip(group.positions, group.numbers, strict=True):
+                typestr, _, *rest = group.specs[number]
+                nodes[position] = LeafSpec(typestr, self.arrays.get(position), *rest)
+        return [nodes[position] for position in range(len(nodes))]
 
 
 _plans: Recent[Hashable, SavePlan] = Recent(4)
@@ -178,17 +197,11 @@ class _Members:
                 if number in wrong:
                     problems.setdefault(position, wrong[number])
 
-    def specs(self, names: Sequence[str]) -> list[LeafSpec | Problem]:
-        """For each leaf what describes it: what describes its kind, but for the name of the array."""
-        specs = []
-        for position, number in zip(self.positions, self.numbers, strict=True):
-            spec = self.found[number]
-            if isinstance(spec, LeafSpec) and spec.array is not None:
-                _, shape, dtype, chunk_shape = spec.array
-                array = ArraySpec(names[position], shape, dtype, chunk_shape)
-                spec = LeafSpec(spec.typestr, array, spec.inline, spec.sharding, spec.extra)
-            specs.append(spec)
-        return specs
+    def arrays(self, names: Sequence[str]) -> list[tuple[int, ArraySpec]]:
+        """The arrays of the leaves that have one, by position: those of their kinds, but for the name."""
+        layouts = [spec.array[1:] if isinstance(spec, LeafSpec) and spec.array is not None else None for spec in self.found]
+        each = zip(self.positions, [layouts[number] for number in self.numbers], strict=True)
+        return [(position, ArraySpec(names[position], *layout)) for position, layout in each if layout is not None]
 
 
 def _plan(  # noqa: PLR0913, PLR0917 - what `plan_save` is given, and what it has found
@@ -203,7 +216,7 @@ def _plan(  # noqa: PLR0913, PLR0917 - what `plan_save` is given, and what it ha
     problems: dict[int, str],
 ) -> SavePlan:
     job = current_meeting().job
-    nodes: list[Any] = list(values)
+    arrays: dict[int, ArraySpec] = {}
     for each in members:
         each.firsts = [
             Leaf(tree.key_path(structure.keys[i]), structure.names[i], values[i], _checked(args[i], i, problems))
@@ -211,21 +224,23 @@ def _plan(  # noqa: PLR0913, PLR0917 - what `plan_save` is given, and what it ha
         ]
         each.found = answers.described(registry, each.handler, each.firsts)
         each.note(each.found, problems)
-        for i, spec in zip(each.positions, each.specs(structure.names), strict=True):
-            nodes[i] = spec
-    stored = sorted(i for each in members for i in each.positions)
-    arrays = [(i, nodes[i].array) for i in stored if i not in problems and nodes[i].array is not None]
+        arrays.update(each.arrays(structure.names))
+    stored = {i for each in members for i in each.positions}
     _refusals(registry, backend, arrays, problems)
-    _raise(structure, problems, tree.name_collisions(structure, stored))
+    _raise(structure, problems, tree.name_collisions(structure, sorted(stored)))
     owned = [answers.owned(registry, each.handler, each.firsts, _sound(each.found), job) for each in members]
     for each, found in zip(members, owned, strict=True):
         each.note(found, problems)
     _raise(structure, problems)
-    groups = []
-    for each, cells in zip(members, owned, strict=True):
-        batches = list(_batches(registry, each, nodes, cells, max_inflight_bytes))
-        groups.append(Group(each.handler, [nodes[i] for i in each.positions], batches))
-    return SavePlan(structure, nodes, groups, backend, options, max_inflight_bytes, registry)
+    groups = [
+        Group(
+            *(each.handler, each.positions, each.numbers, _sound(each.found)),
+            list(_batches(registry, each, cells, max_inflight_bytes)),
+        )
+        for each, cells in zip(members, owned, strict=True)
+    ]
+    empty = {i: value for i, value in enumerate(values) if i not in stored}
+    return SavePlan(structure, empty, groups, arrays, backend, options, max_inflight_bytes, registry)
 
 
 def _sound(found: Sequence[LeafSpec | Problem]) -> Sequence[LeafSpec]:
@@ -239,31 +254,28 @@ def _raise(structure: tree.Structure, problems: Mapping[int, str], further: Sequ
         raise errors.TreeError(f"{len(lines)} of {len(structure.paths)} leaves cannot be saved:{errors.listing(lines)}")
 
 
-def _batches(
-    registry: Registry, members: _Members, nodes: Sequence[Any], owned: Sequence[Any], max_inflight_bytes: int
-) -> Iterator[Batch]:
+def _batches(registry: Registry, members: _Members, owned: Sequence[Any], max_inflight_bytes: int) -> Iterator[Batch]:
     """The cells that this process writes; a batch fits into half the budget, or is one cell.
 
     Args:
       registry: knows whose type handler it is.
       members: the leaves.
-      nodes: per leaf of the tree, its spec.
       owned: for each kind of the members its cells.
       max_inflight_bytes: the budget.
     """
     limit = min(BATCH_BYTE_SIZE, max(1, max_inflight_bytes // 2))
-    firsts = zip(members.firsts, _sound(members.found), owned, strict=True)
+    firsts = list(zip(members.firsts, _sound(members.found), owned, strict=True))
     asked = [(leaf.value, spec, cell) for leaf, spec, cells in firsts for cell in cells]
     sizes = iter(answers.staged_sizes(registry, members.handler, asked))
-    sized = [[(cell, next(sizes)) for cell in cells] for cells in owned]
+    sized = [[(spec, cell, next(sizes)) for cell in cells] for _, spec, cells in firsts]
     pieces: list[tuple[int, LeafSpec, Index]] = []
     held = 0
     for position, number in zip(members.positions, members.numbers, strict=True):
-        for cell, size in sized[number]:
+        for spec, cell, size in sized[number]:
             if pieces and (held + size > limit or len(pieces) >= BATCH_LEAVES):
                 yield Batch(pieces, held)
                 pieces, held = [], 0
-            pieces.append((position, nodes[position], cell))
+            pieces.append((position, spec, cell))
             held += size
     if pieces:
         yield Batch(pieces, held)
@@ -282,22 +294,31 @@ def _by_handler(
 ) -> dict[TypeHandler[Any], list[int]]:
     """Positions of the leaves by type handler; leaves that are saved as arrays are replaced by them, in place."""
     positions: dict[TypeHandler[Any], list[int]] = {}
-    routes: dict[type, _Route] = {}
-    for i, value in enumerate(values):
-        kind = type(value)
-        if (route := routes.get(kind)) is None:
-            route = routes[kind] = _route(kind, registry, rules)
+    types = list(map(type, values))
+    for kind in dict.fromkeys(types):  # a few, which saves asking 10,000 leaves
+        route = _route(kind, registry, rules)
+        found = [i for i, each in enumerate(types) if each is kind]
         if route.as_array:
-            try:
-                values[i] = np.asarray(value)
-            except Exception as error:  # noqa: BLE001 - somebody's __array__ may raise anything
-                problems[i] = f"{kind} could not be made an array: {type(error).__name__}: {error}"
-                continue
+            found = _as_arrays(found, values, problems)
         if route.handler is not None:
-            positions.setdefault(route.handler, []).append(i)
-        elif not tree.is_empty_node(value):
-            problems[i] = f"Unsupported type: {kind}; {route.refusal}"
+            positions[route.handler] = sorted([*positions.get(route.handler, ()), *found])
+        else:
+            unsupported = f"Unsupported type: {kind}; {route.refusal}"
+            problems.update({i: unsupported for i in found if not tree.is_empty_node(values[i])})
     return positions
+
+
+def _as_arrays(found: Sequence[int], values: list[Any], problems: dict[int, str]) -> list[int]:
+    """Replaces the leaves at these positions by arrays; which of them could be."""
+    made = []
+    for i in found:
+        try:
+            values[i] = np.asarray(values[i])
+        except Exception as error:  # noqa: BLE001 - somebody's __array__ may raise anything
+            problems[i] = f"{type(values[i])} could not be made an array: {type(error).__name__}: {error}"
+        else:
+            made.append(i)
+    return made
 
 
 def _route(kind: type, registry: Registry, rules: LeafRules) -> _Route:
@@ -322,10 +343,8 @@ def _checked(args: Any, position: int, problems: dict[int, str]) -> SaveArgs | N
     return None
 
 
-def _refusals(
-    registry: Registry, backend: StorageBackend, arrays: Sequence[tuple[int, ArraySpec]], problems: dict[int, str]
-) -> None:
-    reasons = answers.refusals(registry, backend, [array for _, array in arrays])
-    for (i, _), reason in zip(arrays, reasons, strict=True):
-        if reason is not None:
-            problems[i] = reason
+def _refusals(registry: Registry, backend: StorageBackend, arrays: Mapping[int, ArraySpec], problems: dict[int, str]) -> None:
+    asked = {i: array for i, array in arrays.items() if i not in problems} if problems else arrays
+    reasons = answers.refusals(registry, backend, list(asked.values()))
+    if any(reasons):
+        problems.update({i: reason for i, reason in zip(asked, reasons, strict=True) if reason is not None})

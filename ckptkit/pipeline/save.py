@@ -20,7 +20,6 @@ from ckptkit.location import Location
 from ckptkit.meeting import Meeting, current_meeting
 from ckptkit.pipeline import answers, together
 from ckptkit.pipeline.plan import Batch, SavePlan
-from ckptkit.registry import Registry
 from ckptkit.storage.base import Writer
 
 __all__ = ["start_save"]
@@ -104,7 +103,7 @@ def start_save(
     batches: SimpleQueue[_Staged | None] = SimpleQueue()
     budget = _Budget(plan.max_inflight_bytes)
     tracker = reports.current_tracker("save")
-    tracker.expect(_byte_count(plan, current_meeting()), sum([len(group.specs) for group in plan.groups]))
+    tracker.expect(_byte_count(plan, current_meeting()), sum([len(group.positions) for group in plan.groups]))
     # Not a daemon: the interpreter waits for it at exit, so that a save under way is finished.
     writer = threading.Thread(
         target=_write,
@@ -145,7 +144,8 @@ def start_save(
 def _byte_count(plan: SavePlan, meeting: Meeting) -> int:
     """Bytes of leaves that this process writes."""
     if not meeting.job.others:
-        return sum([array.nbytes for array in plan.arrays])
+        sizes = [[spec.array.nbytes if spec.array else 0 for spec in group.specs] for group in plan.groups]
+        return sum([each[number] for group, each in zip(plan.groups, sizes, strict=True) for number in group.numbers])
     pieces = [piece for group in plan.groups for batch in group.batches for piece in batch.pieces]
     return sum([index_nbytes(spec.array, cell) for _, spec, cell in pieces if spec.array is not None])
 
@@ -163,19 +163,19 @@ def _write(
     """The writing thread: what is staged goes to the backend, then the documents go to the location."""
     tracker.let_go.wait(_HOLD_BACK_SECS)
     try:
-        checksums = {array.name: Checksums(array) for array in plan.arrays}
+        arrays = list(plan.arrays.values())
+        checksums = {array.name: Checksums(array) for array in arrays}
         _check_wanted(result)  # an interrupted caller that saw no thread yet has not waited for this one
         location = place()
         together.compare(meeting, plan, location)
-        names = [array.name for array in plan.arrays]
         with answers.calling(plan.registry, plan.backend, "data_directories") as asked:
-            covered = answers.directories(asked, plan.backend.data_directories(names))
+            covered = answers.directories(asked, plan.backend.data_directories(list(checksums)))
         tracker.covered.update(f"{location.url}/{path}" for path in covered)
         with paused_gc(), answers.calling(plan.registry, plan.backend, "writer") as asked:
-            writer = answers.instance(asked, plan.backend.writer(location, plan.arrays, plan.options, meeting.job), Writer)
+            writer = answers.instance(asked, plan.backend.writer(location, arrays, plan.options, meeting.job), Writer)
         try:
             while (staged := batches.get()) is not None and not result.cancel_requested.is_set():
-                _write_batch(plan.registry, writer, staged, checksums, _Written(budget, staged.batch.held, tracker))
+                _write_batch(plan, writer, staged, checksums, _Written(budget, staged.batch.held, tracker))
                 del staged  # a view keeps jax from reusing a donated buffer; let it go as soon as its bytes are written
             _check_wanted(result)
             with answers.calling(plan.registry, writer, "commit"):
@@ -201,12 +201,11 @@ def _check_wanted(result: _SaveFuture) -> None:
 
 
 @paused_gc()
-def _write_batch(
-    registry: Registry, writer: Writer, staged: _Staged, checksums: Mapping[str, Checksums], written: _Written
-) -> None:
-    chunks = answers.chunks(registry, staged.handler, staged.batch.pieces, staged.arrays)
+def _write_batch(plan: SavePlan, writer: Writer, staged: _Staged, checksums: Mapping[str, Checksums], written: _Written) -> None:
+    cells = [(plan.arrays[i], cell) for i, _, cell in staged.batch.pieces]
+    chunks = answers.chunks(plan.registry, staged.handler, cells, staged.arrays)
     written.byte_count = sum([chunk.data.nbytes for chunk in chunks])
-    with answers.calling(registry, writer, "write") as asked:
+    with answers.calling(plan.registry, writer, "write") as asked:
         answers.instance(asked, writer.write(chunks), Future).add_done_callback(written)
     for chunk in chunks:
         checksums[chunk.array.name].add(chunk.index, chunk.data)
