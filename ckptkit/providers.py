@@ -22,6 +22,8 @@ def way_out(provider: str | None) -> str:
         name = found[1]
         if (version := _installed(name)) is None:
             return f"{provider} provided it when the checkpoint was written; install it: pip install {name}"
+        if version == found[2]:
+            return f"{provider} provides it and is installed, but has not registered it here; `ckptkit plugins` shows why"
         return (
             f"{provider} provided it when the checkpoint was written, {version} is installed here: pip install --upgrade {name}"
         )

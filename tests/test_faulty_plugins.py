@@ -3,6 +3,7 @@
 import re
 import sys
 import threading
+import time
 from collections import Counter
 from concurrent.futures import Future
 from fractions import Fraction
@@ -343,6 +344,43 @@ def test_a_handler_that_answers_wrongly_stops_the_save_and_leaves_nothing(tmp_pa
     with ckptkit.Checkpointer(registry=registry) as checkpointer, pytest.raises(errors.PluginError) as caught:
         checkpointer.save(tmp_path / "checkpoint", args)
     assert re.search(rf"Plugin acme 1\.2 \(entry point 'plug'\): .*{HANDLER_FAULTS[handler_class]}", str(caught.value), re.DOTALL)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pending_future_in_a_wrong_answer_does_not_hold_up_its_error(tmp_path, registry, monkeypatch):
+    pending = Future()
+    monkeypatch.setattr(Bare, "returned", pending)
+    with owned_by(ACME):
+        registry.add_args(Args, Bare, for_save=True)
+    start = time.monotonic()
+    with ckptkit.Checkpointer(registry=registry) as checkpointer, pytest.raises(errors.PluginError):
+        checkpointer.save(tmp_path / "checkpoint", Args())
+    assert time.monotonic() - start < 20
+    assert pending.cancelled()
+
+
+def test_what_still_writes_after_a_wrong_answer_is_waited_for(tmp_path, registry):
+    ended = []
+
+    class Working(Async):
+        async def async_save(self, directory, args):
+            working = Future()
+            working.set_running_or_notify_cancel()
+
+            def write():
+                time.sleep(0.2)
+                (directory / "rest").write_text("rest")
+                ended.append(True)
+                working.set_result(None)
+
+            threading.Thread(target=write).start()
+            return (working, 7)
+
+    with owned_by(ACME):
+        registry.add_args(Args, Working, for_save=True)
+    with ckptkit.Checkpointer(registry=registry) as checkpointer, pytest.raises(errors.PluginError):
+        checkpointer.save(tmp_path / "checkpoint", Args())
+    assert ended
     assert list(tmp_path.iterdir()) == []
 
 

@@ -153,6 +153,12 @@ def test_no_command_is_made_of_what_is_no_name_of_a_package(provider):
     assert "pip" not in providers.way_out(provider)
 
 
+def test_a_package_that_is_there_but_registered_nothing_is_not_to_be_installed_again():
+    way_out = providers.way_out(f"numpy {np.__version__}")
+    assert "pip" not in way_out
+    assert "`ckptkit plugins` shows why" in way_out
+
+
 def test_a_package_that_is_there_in_another_version_is_to_be_upgraded():
     assert "pip install --upgrade numpy" in providers.way_out("numpy 99.0")
 

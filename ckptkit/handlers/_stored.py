@@ -117,6 +117,7 @@ class StoredTree:
         Raises:
           errors.NotFoundError: a file that a checkpoint cannot do without is missing.
           errors.FormatError: a file that cannot be understood.
+          errors.RegistryError: the storage backend that wrote the arrays is not registered; names who provides it.
         """
         self.location = location
         self._registry = registry

@@ -239,19 +239,25 @@ def _bytes(owner: PyTreeCheckpointHandler, name: str, gigabytes: float | None) -
 
 def _restore_all(registry: Registry, stored: StoredTree, defaults: RestoreDefaults, max_inflight_bytes: int) -> list[Any]:
     """For each entry the leaf as it was saved; None for an empty node."""
-    entries = stored.document.entries
-    specs = {i: stored.found(entry, defaults.on_corrupt) for i, entry in enumerate(entries) if not is_empty_node(entry)}
-    found = [(position, spec) for position, spec in specs.items() if spec is not None]
-    requests = _requests(registry, [(stored.type_handler(spec), None, spec) for _, spec in found], defaults)
-    items = [
-        RestoreItem(tree.key_path(entries[position].keys), spec, stored.restoring_handler(spec, request), request)
-        for (position, spec), request in zip(found, requests, strict=True)
-    ]
-    values: list[Any] = [None if is_empty_node(entry) else ... for entry in entries]
-    leaves = _read(registry, stored, items, defaults, max_inflight_bytes)
-    for (position, _), leaf in zip(found, leaves, strict=True):
+    items = _every_item(registry, stored, defaults)
+    values: list[Any] = [None if is_empty_node(entry) else ... for entry in stored.document.entries]
+    leaves = _read(registry, stored, list(items.values()), defaults, max_inflight_bytes)
+    for position, leaf in zip(items, leaves, strict=True):
         values[position] = leaf
     return values
+
+
+@paused_gc()
+def _every_item(registry: Registry, stored: StoredTree, defaults: RestoreDefaults) -> dict[int, RestoreItem]:
+    """Every leaf, as it was saved, by the position of its entry."""
+    entries = stored.document.entries
+    specs = {i: stored.found(entry, defaults.on_corrupt) for i, entry in enumerate(entries) if not is_empty_node(entry)}
+    found = {position: spec for position, spec in specs.items() if spec is not None}
+    requests = _requests(registry, [(stored.type_handler(spec), None, spec) for spec in found.values()], defaults)
+    return {
+        position: RestoreItem(tree.key_path(entries[position].keys), spec, stored.restoring_handler(spec, request), request)
+        for (position, spec), request in zip(found.items(), requests, strict=True)
+    }
 
 
 def _requests(
