@@ -245,7 +245,7 @@ def _plan(  # noqa: PLR0913, PLR0917 - what `plan_save` is given, and what it ha
 
 def _sound(found: Sequence[LeafSpec | Problem]) -> Sequence[LeafSpec]:
     """What was found, once all problems have been raised."""
-    return found  # type: ignore[return-value]
+    return found  # type: ignore[return-value]  # a fact that no type says
 
 
 def _raise(structure: tree.Structure, problems: Mapping[int, str], further: Sequence[str] = ()) -> None:
