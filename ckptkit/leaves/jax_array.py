@@ -292,10 +292,12 @@ def _holder(value: jax.Array) -> Callable[[Index], tuple[jax.Array, tuple[slice,
     """A function from a cell of the grid to a local shard that holds it, and where it is in there."""
     if len(value.sharding.device_set) == 1:
         return lambda index: (value, _slices(index))
-    shards = [(_bounds(shard.index, value.shape), shard.data) for shard in value.addressable_shards]
+    shards = {_bounds(shard.index, value.shape): shard.data for shard in value.addressable_shards}
 
     def hold(index: Index) -> tuple[jax.Array, tuple[slice, ...]]:
-        for bounds, data in shards:
+        if (data := shards.get(index)) is not None:  # as it is where a shard is one cell
+            return data, _slices([(0, stop - start) for start, stop in index])
+        for bounds, data in shards.items():
             if all(a <= start and stop <= b for (a, b), (start, stop) in zip(bounds, index, strict=True)):
                 return data, _slices([(start - a, stop - a) for (a, _), (start, stop) in zip(bounds, index, strict=True)])
         raise errors.TreeError(f"no local shard of a jax.Array holds {index}")
