@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
@@ -665,3 +666,13 @@ def test_many_threads_share_a_reader(location, monkeypatch):
 def test_other_directories_are_not_recognised(tmp_path):
     assert not BACKEND.recognises(FileLocation(tmp_path))
     assert not BACKEND.recognises(FileLocation(tmp_path / "missing"))
+
+
+def test_a_sync_that_fails_while_the_file_is_written_fails_the_save(tmp_path, monkeypatch):
+    def fail(descriptor):
+        monkeypatch.undo()  # as the kernel, which tells it once
+        raise OSError(errno.EIO, "the disk is gone")
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    with pytest.raises(errors.StorageError, match="the disk is gone"):
+        write(FileLocation(tmp_path), {str(i): array((4 * MIB,), seed=i) for i in range(4)})

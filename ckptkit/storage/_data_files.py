@@ -6,11 +6,13 @@ import abc
 import os
 import secrets
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from typing import Any, Final, cast
 
 import numpy as np
 import tensorstore as ts
 
+from ckptkit._threads import Workers
 from ckptkit.location import Location, mapped_os_errors
 from ckptkit.storage._ocdbt_nodes import Place
 from ckptkit.storage._tensorstore import context_for, writing_error
@@ -21,6 +23,7 @@ __all__ = ["DataFiles", "data_files"]
 # Linux caches a file in pieces that grow with the calls that write it; which sizes find memory fast differs from run to run
 # (docs/performance.md), and large calls are what other programs make.
 _CALL_NBYTES: Final = 1 << 26
+_SYNC_NBYTES: Final = 32 << 20
 _MAX_BUFFERS_PER_CALL: Final = 1024  # IOV_MAX on Linux and macOS
 
 _FILE_NBYTES: Final = 2 << 30
@@ -88,12 +91,18 @@ class DataFiles(abc.ABC):
 
 
 class _LocalFiles(DataFiles):
+    """A file is synced while it is written, where the system can, so that the disk has most of it when the save commits."""
+
     def __init__(self, directory: str, base: str, target_nbytes: int) -> None:
         super().__init__(base, target_nbytes)
         self._directory = os.path.join(directory, base)
         self._descriptor = -1
+        self._unsynced = 0
+        self._syncer = Workers(1, "ckptkit-sync-data")
+        self._syncing: Future[None] | None = None
 
     def close(self) -> None:
+        self._syncer.close()  # before the descriptor is closed, and may become another file's
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -108,9 +117,28 @@ class _LocalFiles(DataFiles):
                 self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
             for buffers in _calls(values):
                 _write(self._descriptor, buffers)
+                self._unsynced += sum([buffer.size for buffer in buffers])
+                self._sync()
+
+    def _sync(self) -> None:
+        """Begins to sync what was written, where that is much and nothing is being synced."""
+        under_way = self._syncing is not None and not self._syncing.done()
+        if hasattr(os, "fdatasync") and self._unsynced >= _SYNC_NBYTES and not under_way:
+            self._synced()
+            self._syncing = self._syncer.submit(os.fdatasync, self._descriptor)
+            self._unsynced = 0
+
+    def _synced(self) -> None:
+        """Waits for the sync under way, and raises what it raised: the kernel tells that once, and not the commit's sync."""
+        syncing, self._syncing = self._syncing, None
+        if syncing is not None:
+            syncing.result()
 
     def _end(self) -> None:
-        self.close()
+        with mapped_os_errors(os.path.join(self._directory, self._path), "sync"):
+            self._synced()
+        os.close(self._descriptor)
+        self._descriptor, self._unsynced = -1, 0
 
 
 def _calls(values: Sequence[Bytes]) -> Iterator[list[Bytes]]:
