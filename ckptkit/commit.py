@@ -51,6 +51,7 @@ __all__ = [
 TEMPORARY_SUFFIX = ".orbax-checkpoint-tmp"
 _ASIDE_SUFFIX = f".ckptkit-old{TEMPORARY_SUFFIX}"
 _SYNC_THREADS: Final = 8
+_MAX_ATTEMPTS: Final = 100  # at reading; beside a writer that does nothing but replace small checkpoints, a few are needed
 
 _held: weakref.WeakSet[_Lock] = weakref.WeakSet()
 """The open locks of this process."""
@@ -91,13 +92,19 @@ def attempts(find: Callable[[], Location]) -> Iterator[Attempt]:
     a further attempt, at the new one.
 
     Raises:
+      errors.BusyError: others replaced the checkpoint during each of a hundred attempts.
       what `find` raises.
     """
-    disturbed = True
-    while disturbed:
-        attempt = Attempt(find())
+    for _ in range(_MAX_ATTEMPTS):
+        location = find()
+        attempt = Attempt(location)
         yield attempt
-        disturbed = attempt.disturbed
+        if not attempt.disturbed:
+            return
+    raise errors.BusyError(
+        f"{location.url}: while it was read, another checkpoint took its place, {_MAX_ATTEMPTS} times in a row; "
+        "replace it less often than reading it takes, or read one that stays."
+    )
 
 
 class Attempt:
