@@ -158,6 +158,7 @@ class AsyncCheckpointer(Checkpointer):
             self._thread = threading.Thread(target=self._finish, args=(saving,), name="ckptkit-commit", daemon=False)
             with contextlib.suppress(RuntimeError):  # no more threads, or the interpreter is about to exit
                 self._thread.start()
+                saving.hand_over(self._thread)
                 return
         self._thread = threading.current_thread()
         try:

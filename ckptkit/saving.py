@@ -147,6 +147,10 @@ class Saving:
         """From now on the exit of this process waits for this save, until `finish` or `abandon` has ended."""
         self._under_way.begin()
 
+    def hand_over(self, thread: threading.Thread) -> None:
+        """It is for `thread` to end this save now, which has started."""
+        self._under_way.hand_over(thread)
+
     def take(self) -> bool:
         """Whether the caller is the one to end this save, with `finish` or `abandon`: the first to ask is."""
         return self._taken.acquire(blocking=False)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import attrs
 import numpy as np
 
-from ckptkit import commit
+from ckptkit import _filesystem
 from ckptkit._gc import paused_gc
 from ckptkit.location import Location
 from ckptkit.options import StorageOptions
@@ -38,7 +38,7 @@ class PartWriter(OcdbtWriter):
     def commit(self) -> None:
         super().commit()
         if self._synced_here and self._part.local_path is not None:
-            commit.sync_directory(self._part.local_path)
+            _filesystem.sync_directory(self._part.local_path)
 
 
 def _directory(process: int) -> str:
