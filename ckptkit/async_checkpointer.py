@@ -83,6 +83,7 @@ class AsyncCheckpointer(Checkpointer):
                     self._thread = None
                     saving.abandon(error)
                 raise
+            saving.let_go()
         finally:
             self._saving.release()
 
@@ -161,6 +162,7 @@ class AsyncCheckpointer(Checkpointer):
                 saving.hand_over(self._thread)
                 return
         self._thread = threading.current_thread()
+        saving.let_go()
         try:
             self._finish(saving)
         finally:
