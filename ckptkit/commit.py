@@ -18,6 +18,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from types import TracebackType
+from typing import Final
 
 from ckptkit import _marker, errors
 from ckptkit._filesystem import discard, exchange, remove, sync, sync_tree
@@ -42,6 +43,7 @@ __all__ = [
 
 TEMPORARY_SUFFIX = ".orbax-checkpoint-tmp"
 _ASIDE_SUFFIX = f".ckptkit-old{TEMPORARY_SUFFIX}"
+_MAX_ATTEMPTS: Final = 100
 
 
 def resolve(location: Location) -> Location:
@@ -79,13 +81,19 @@ def attempts(find: Callable[[], Location]) -> Iterator[Attempt]:
     a further attempt, at the new one.
 
     Raises:
+      errors.BusyError: others replaced the checkpoint during each of a hundred attempts.
       what `find` raises.
     """
-    disturbed = True
-    while disturbed:
-        attempt = Attempt(find())
+    for _ in range(_MAX_ATTEMPTS):
+        location = find()
+        attempt = Attempt(location)
         yield attempt
-        disturbed = attempt.disturbed
+        if not attempt.disturbed:
+            return
+    raise errors.BusyError(
+        f"{location.url}: while it was read, another checkpoint took its place, {_MAX_ATTEMPTS} times in a row; "
+        "replace it less often than reading it takes, or read one that stays."
+    )
 
 
 class Attempt:

@@ -134,7 +134,7 @@ class StorageError(CheckpointError, OSError):
 
 
 class BusyError(CheckpointError, RuntimeError):
-    """Another writer is saving to the same destination."""
+    """Another writer is saving to the same destination, or replaces what is there again and again while it is read."""
 
 
 class TimeoutError(CheckpointError, builtins.TimeoutError):  # noqa: A001 - the field's word; always used as errors.TimeoutError

@@ -24,6 +24,7 @@ FORMATS: dict[str, dict[str, bool]] = {
     "zarr-zstd": {"use_ocdbt": False, "use_compression": True},
     "zarr3": {"use_ocdbt": False, "use_zarr3": True},
     "zarr3-zstd": {"use_ocdbt": False, "use_zarr3": True, "use_compression": True},
+    "zarr3-crc32c": {"use_ocdbt": False, "use_zarr3": True, "zarr3_crc32c": True},
     "composite": {},
 }
 

@@ -1,13 +1,15 @@
 """Opens damaged and hostile checkpoints in children that may die, and tells what came of each.
 
-The children are forked from a server that has imported ckptkit and used none of it. Each has 1 GiB of address space beyond what
-it has when a sound checkpoint is restored, opens up to a thousand checkpoints one after another, and is killed where one
-takes too long.
+The children are forked from a server that has imported ckptkit and used none of it, as many at a time as there are cores. Each
+has 1 GiB of address space beyond what it has when a sound checkpoint is restored, opens up to a thousand checkpoints one
+after another, and is killed where one takes too long.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import multiprocessing
 import os
 import resource
@@ -16,6 +18,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -25,8 +28,6 @@ import pytest
 import ckptkit
 from ckptkit import errors
 from ckptkit.file_list import FILE_LIST
-from ckptkit.handlers import PyTreeCheckpointHandler  # noqa: F401 - what the children use is imported before they are forked
-from ckptkit.storage import ocdbt, zarr  # noqa: F401 - the same
 from ckptkit.testing import assert_same
 
 NEEDS_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="limits of address space hold on Linux, and /proc tells of it")
@@ -36,6 +37,7 @@ _PATIENCE_SECS = 30
 _BATCH = 1000
 _SCRATCH = next(filter(os.path.isdir, ["/dev/shm"]), None)  # noqa: S108 - in memory where there is such a place
 _SERVER = multiprocessing.get_context("forkserver") if sys.platform == "linux" else multiprocessing.get_context()
+_SERVER.set_forkserver_preload(["pytest", "jax.numpy", "ckptkit.builtins", "ckptkit.testing"])  # a child would take seconds to
 
 
 class Outcome(NamedTuple):
@@ -174,9 +176,15 @@ def _opened(path: str, expected: Sequence[Any] | None, *, brief: bool = False) -
 
 
 def _outcomes(opener: Any, inputs: Sequence[Any]) -> list[Outcome]:
+    batches = [inputs[i : i + _BATCH] for i in range(0, len(inputs), _BATCH)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(itertools.chain.from_iterable(pool.map(functools.partial(_of_batch, opener), batches)))
+
+
+def _of_batch(opener: Any, inputs: Sequence[Any]) -> list[Outcome]:
     outcomes: list[Outcome] = []
     while len(outcomes) < len(inputs):
-        outcomes += _of_one_child(opener, inputs[len(outcomes) : len(outcomes) + _BATCH])
+        outcomes += _of_one_child(opener, inputs[len(outcomes) :])
     return outcomes
 
 

@@ -45,3 +45,10 @@ def test_what_several_processes_cost_is_measured() -> None:
     assert "orbax" in printed
     assert "us a process" in printed
     assert "us a key" in printed
+
+
+@pytest.mark.slow
+def test_what_checksums_cost_is_measured() -> None:
+    printed = _run("checksums.py", "--megabytes", "1", "--leaves", "10", "--rounds", "1")
+    assert printed.count("| restore ") == 2
+    assert printed.count(", in memory ") == 2

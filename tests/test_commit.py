@@ -84,6 +84,21 @@ def test_a_checkpoint_that_got_the_number_of_the_one_before_the_last_is_another(
     assert len(seen) == 6
 
 
+def test_a_reader_that_writers_disturb_every_time_gives_up(tmp_path: Path) -> None:
+    _begin(tmp_path / "c").commit()
+    reading = []
+
+    def read_while_others_write() -> None:
+        for attempt in commit.attempts(lambda: FileLocation(tmp_path / "c")):
+            with attempt as location:
+                reading.append(location)
+                _begin(tmp_path / "c", force=True).commit()
+
+    with pytest.raises(errors.BusyError, match="100 times in a row"):
+        read_while_others_write()
+    assert len(reading) == 100
+
+
 _WRITER = """
 import sys, time
 from ckptkit import commit

@@ -272,7 +272,7 @@ def test_a_whole_checkpoint_restores_without_a_warning(tmp_path: Path) -> None:
     assert_same(ckptkit.restore(save(tmp_path / "c"), on_corrupt="skip"), TREE)
 
 
-# One bit in every byte
+# One bit in many bytes
 
 
 SMALL = args.Composite(
@@ -291,9 +291,9 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("step", [13, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_flipped_bit_anywhere_restores_a_wrong_value(tmp_path: Path, kind: str, step: int) -> None:
+def test_no_flipped_bit_restores_a_wrong_value(tmp_path: Path, kind: str) -> None:
+    step = 13  # `faults/test_corruption.py` tries every byte
     handler = ckptkit.CompositeCheckpointHandler("note", state=ckptkit.PyTreeCheckpointHandler(**KINDS[kind]))
     wrong, noticed = [], 0
     with ckptkit.Checkpointer(handler) as checkpointer:

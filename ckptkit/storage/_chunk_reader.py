@@ -24,7 +24,7 @@ from ckptkit._threads import Workers
 from ckptkit.grid import Array, ArraySpec, Index
 from ckptkit.location import Location
 from ckptkit.storage._futures import joined
-from ckptkit.storage._values import Extent, Unread, Value, Values, key_prefix, nbytes_of
+from ckptkit.storage._values import Extent, Value, Values, key_prefix, nbytes_of
 from ckptkit.storage._zarr_cells import canonicalise, decode, fill_value
 from ckptkit.storage.base import Reader
 from ckptkit.storage.zarr_documents import DOCUMENT_NAMES, MAX_DOCUMENT_NBYTES, Document, Version, parse
@@ -169,9 +169,11 @@ class ChunkReader(Reader):
                     f"{self._location.url}: array {_name(prefix)!r} of shape {document.shape} has {document.chunk_count} chunks, "
                     f"but {last - first} keys are stored: the file is damaged or not to be trusted."
                 )
-            unread = sum([isinstance(values[key], Unread) for key in keys[first:last]])  # as large as they may be
-            stored = held[last] - held[first] + unread * document.stored_nbytes[1]
-            unborne = document.padded_nbytes - stored * (1 if document.raw else _MAX_RATIO)
+            ratio = 1 if document.raw else _MAX_RATIO
+            least = -(-document.cell_nbytes // ratio)  # what bears out one chunk
+            unread = self._values.unread_of([values[key] for key in keys[first:last]], least)
+            stored = held[last] - held[first] + unread * least
+            unborne = document.padded_nbytes - stored * ratio
             if unborne > _MAX_FILLED_NBYTES or (unborne > _MAX_LOST_NBYTES and not self._absent_is_fill(document)):
                 raise errors.FormatError(
                     f"{self._location.url}: array {_name(prefix)!r} of shape {document.shape} and dtype {document.dtype} claims "

@@ -72,10 +72,9 @@ def merge(location: Location, processes: Sequence[int]) -> list[str]:
 
 def _entries(location: Location, directory: str) -> Iterator[Entry]:
     part = location.child(directory)
-    context = context_for(part)
     with mapped_tensorstore_errors(part.url):
-        base = ts.KvStore.open(part.kvstore(), context=context).result()
-    for key, value in OcdbtValues(part, base, context).entries().items():
+        base = ts.KvStore.open(part.kvstore(), context=context_for(part)).result()
+    for key, value in OcdbtValues(part, base).entries().items():
         place = Place(f"{directory}/", value.path, value.offset, value.nbytes) if isinstance(value, Extent) else value
         assert isinstance(place, Place | bytes)  # which is all that a database gives
         yield Entry(key, place)

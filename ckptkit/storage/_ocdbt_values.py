@@ -2,16 +2,17 @@
 
 Format: https://google.github.io/tensorstore/kvstore/ocdbt. TensorStore decodes the nodes (0.035 s for 20,000 keys);
 through its key-value interface the same keys take ten times as long. A database may come from a stranger: its file names
-must stay inside the directory, its offsets and lengths inside the files, and what its nodes expand to within bounds.
-Places that are no local directory are read by byte ranges (`_remote_values`).
+must stay inside the directory, its offsets and lengths inside the files, and what its nodes expand to within bounds: they are
+read here, and TensorStore decodes the copy in memory that was checked. Places that are no local directory are read by byte
+ranges (`_remote_values`).
 """
 
 from __future__ import annotations
 
 import os
+import re
 import stat
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 from urllib.parse import unquote
 
@@ -35,21 +36,21 @@ _MAX_RATIO: Final = 64
 # Keys may be this many, and one more for each byte that the nodes take on the disk, since each takes hundreds in memory.
 _MAX_KEYS: Final = 1 << 20
 
+# The newest manifest has the highest number where the one without a number says only that there are such.
+_NUMBERED: Final = re.compile(rb"manifest\.[0-9a-f]{16}")
+
 
 class OcdbtValues(Values):
     """The newest version of the database at a location."""
 
-    def __init__(self, location: Location, base: ts.KvStore, context: ts.Context) -> None:
+    def __init__(self, location: Location, base: ts.KvStore) -> None:
         self._location = location
         self._directory = location.local_path
         self._base = base
-        self._context = context
         self._stored_nbytes = self._decoded_nbytes = 0  # of the nodes read so far
 
     def entries(self) -> dict[bytes, Value]:
         self._stored_nbytes = self._decoded_nbytes = 0
-        self._check_end(MANIFEST, 1)
-        self._check_expansion(Extent(MANIFEST, 0, sys.maxsize))
         with mapped_tensorstore_errors(self._location.url):
             values = dict(self._walk(self._root()))
         self._check_files(values.values())
@@ -69,7 +70,11 @@ class OcdbtValues(Values):
 
     def _root(self) -> dict[str, Any] | None:
         """The newest version's root, which the manifest lists last; None where that version is empty."""
-        manifest = ts.ocdbt.dump(self._base, context=self._context).result()
+        listed = self._base.list(ts.KvStore.KeyRange("manifest.0", "manifest.g"))
+        files = {MANIFEST: self._location.read_bytes(MANIFEST, _MAX_DECODED_NBYTES)}
+        for name in sorted(key.decode() for key in listed.result() if _NUMBERED.fullmatch(key))[-1:]:
+            files[name] = self._location.read_bytes(name, _MAX_DECODED_NBYTES)
+        manifest = self._decoded(files)
         if not manifest["versions"]:
             raise errors.CorruptCheckpointError(f"{self._location.url}: {MANIFEST} lists no version of the database.")
         version = manifest["versions"][-1]
@@ -101,29 +106,28 @@ class OcdbtValues(Values):
     def _node(self, reference: str, height: int) -> list[dict[str, Any]]:
         """The entries of a node, of which there is at least one."""
         extent = _extent(reference)
+        if extent.nbytes > _MAX_DECODED_NBYTES:
+            raise self._not_a_tree(f"{extent.path!r} has a node of {extent.nbytes} bytes, more than any writer makes")
         self._check_end(extent.path, extent.offset + extent.nbytes)
-        self._check_expansion(extent)
-        node = ts.ocdbt.dump(self._base, reference, context=self._context).result()
+        kind, base, path, _, nbytes = reference.split(":")
+        node = self._decoded(dict(zip([extent.path], self.read([extent]), strict=True)), f"{kind}:{base}:{path}:0:{nbytes}")
         entries: list[dict[str, Any]] = node["entries"]
         if node["height"] != height or not entries:
             raise self._not_a_tree(f"a node of height {node['height']} with {len(entries)} entries, expected height {height}")
         return entries
 
-    def _check_expansion(self, extent: Extent) -> None:
-        """What was read so far, and a local node or manifest that is about to be, do not take more memory than they should."""
-        if self._directory is None:
-            return
-        path = os.path.join(self._directory, extent.path)
-        with mapped_os_errors(path, "read"), open(path, "rb") as file:
-            nbytes = min(extent.nbytes, os.fstat(file.fileno()).st_size)
-            if nbytes > _MAX_DECODED_NBYTES:
-                raise self._not_a_tree(f"{extent.path!r} has a node of {nbytes} bytes, more than any writer makes")
-            file.seek(extent.offset)
-            data = file.read(nbytes)
-        self._stored_nbytes += nbytes
-        self._decoded_nbytes += node_nbytes(data)
+    def _decoded(self, files: Mapping[str, bytes], reference: str | None = None) -> dict[str, Any]:
+        """The manifest, or the node at `reference`, in these files, unless it takes more memory than it should."""
+        context = ts.Context()
+        memory = ts.KvStore.open("memory://", context=context).result()
+        for path, data in files.items():
+            self._stored_nbytes += len(data)
+            self._decoded_nbytes += node_nbytes(data)
+            memory.write(path, data).result()
         if self._decoded_nbytes > _MAX_DECODED_NBYTES + _MAX_RATIO * self._stored_nbytes:
             raise self._not_a_tree(f"{self._stored_nbytes} bytes of nodes stand for {self._decoded_nbytes}")
+        decoded: dict[str, Any] = ts.ocdbt.dump(memory, reference, context=context).result()
+        return decoded
 
     def _not_a_tree(self, found: str) -> errors.CorruptCheckpointError:
         return errors.CorruptCheckpointError(f"{self._location.url}: the database's B+tree is damaged: {found}.")

@@ -35,6 +35,11 @@ class RemoteValues(Values):
             reads = [self._store.read(value.key) if isinstance(value, Unread) else None for value in values]
             return [value if read is None else _value(read) for value, read in zip(values, reads, strict=True)]
 
+    def unread_of(self, values: Iterable[Value], nbytes: int) -> int:
+        with mapped_tensorstore_errors(self._url):
+            reads = [_last_byte(self._store, value.key, nbytes) for value in values if isinstance(value, Unread)]
+            return sum([found is not None and found.state == "value" for found in map(_unless_cut_off, reads)])
+
     def read_into(self, wanted: Iterable[tuple[Value, Bytes]]) -> None:
         for value, buffer in wanted:
             assert isinstance(value, bytes)  # `sized` was asked first
@@ -75,17 +80,29 @@ def check_ends(store: ts.KvStore, url: str, ends: Mapping[str, int]) -> None:
       errors.NotFoundError: it is missing.
       errors.CorruptCheckpointError: it is shorter.
     """
-    reads = [(path, end, store.read(path, byte_range=slice(end - 1, end))) for path, end in ends.items() if end]
+    reads = [(path, end, _last_byte(store, path, end)) for path, end in ends.items() if end]
     for path, end, read in reads:
         with mapped_tensorstore_errors(url):
-            try:
-                found = read.result()
-            except ValueError as error:
-                if str(error).startswith("OUT_OF_RANGE"):
-                    raise cut_off(f"{url}/{path}", None, end) from error
-                raise
+            found = _unless_cut_off(read)
+        if found is None:
+            raise cut_off(f"{url}/{path}", None, end)
         if found.state != "value":
             raise errors.NotFoundError(f"{url}/{path}: a required file is missing; restore another checkpoint.")
+
+
+def _last_byte(store: ts.KvStore, key: str | bytes, nbytes: int) -> Any:
+    """Begins to read the last of so many bytes."""
+    return store.read(key, byte_range=slice(nbytes - 1, nbytes))
+
+
+def _unless_cut_off(read: Any) -> Any:
+    """What was read; None where the file ends before the range."""
+    try:
+        return read.result()
+    except ValueError as error:
+        if str(error).startswith("OUT_OF_RANGE"):
+            return None
+        raise
 
 
 def _read_run(store: ts.KvStore, run: Sequence[tuple[Extent, Bytes]]) -> Any:

@@ -79,6 +79,10 @@ class Values(abc.ABC):
         """
         return values
 
+    def unread_of(self, values: Iterable[Value], nbytes: int) -> int:
+        """How many of the values are `Unread` and have at least so many bytes; raises what `sized` raises."""
+        return 0
+
     @abc.abstractmethod
     def read_into(self, wanted: Iterable[tuple[Value, Bytes]]) -> None:
         """Fills each buffer with the first bytes of its value.

@@ -47,10 +47,9 @@ class OcdbtBackend(ManyWriters):
         return merge(location, job.processes)
 
     def reader(self, location: Location) -> Reader:
-        context = context_for(location)
         with mapped_tensorstore_errors(location.url):
-            base = ts.KvStore.open(location.kvstore(), context=context).result()
-        return ChunkReader(location, OcdbtValues(location, base, context))
+            base = ts.KvStore.open(location.kvstore(), context=context_for(location)).result()
+        return ChunkReader(location, OcdbtValues(location, base))
 
     def data_directories(self, names: Iterable[str]) -> Iterable[str]:
         return ("d",)  # values of chunks and documents, and nodes, whose checksums TensorStore verifies

@@ -13,7 +13,7 @@ import zlib
 import numpy as np
 import pytest
 import tensorstore as ts
-from sandbox import NEEDS_LINUX, open_hostile, read, write
+from sandbox import NEEDS_LINUX, files_of, open_hostile, read, write
 
 import ckptkit
 from ckptkit import errors
@@ -74,11 +74,11 @@ def test_a_blosc_header_that_asks_for_gigabytes_takes_no_memory(files):
     assert outcome.peak_nbytes < LITTLE
 
 
-def database_of(directory, value, count):
+def database_of(directory, value, count, manifest_kind="single"):
     """Puts a database with so many inline values, in one node, in the place of a checkpoint's."""
     os.unlink(os.path.join(directory, "manifest.ocdbt"))
     shutil.rmtree(os.path.join(directory, "d"))
-    config = {"max_inline_value_bytes": MIB, "max_decoded_node_bytes": 1 << 31, "manifest_kind": "single"}
+    config = {"max_inline_value_bytes": MIB, "max_decoded_node_bytes": 1 << 31, "manifest_kind": manifest_kind}
     spec = {"driver": "ocdbt", "base": f"file://{directory}/", "config": config}
     store = ts.KvStore.open(spec, context=ts.Context()).result()
     with ts.Transaction() as transaction:
@@ -103,11 +103,43 @@ def test_what_a_node_decodes_to_is_never_underestimated(database):
     assert count * 1000 < sum(map(node_nbytes, nodes)) < 2 * count * 1000
 
 
-def test_many_nodes_that_expand_a_little_are_refused_together(database, monkeypatch):
-    monkeypatch.setattr("ckptkit.storage._ocdbt_values._MAX_DECODED_NBYTES", 100_000)
+@pytest.fixture(params=["local", "remote"])
+def place_of(request):
+    """Where the content of a directory is opened: there, or in a place that is no directory of this machine."""
+
+    def placed(directory):
+        if request.param == "local":
+            return directory
+        place = ckptkit.default_registry().location("memory://test-bombs/c")
+        request.addfinalizer(place.delete)
+        for file in files_of(directory):
+            place.write_bytes(file, read(directory, file))
+        place.write_bytes("commit_success.txt", b"")
+        return place.url
+
+    return placed
+
+
+def test_many_nodes_that_expand_a_little_are_refused_together(database, place_of, monkeypatch):
+    monkeypatch.setattr("ckptkit.storage._ocdbt_values._MAX_DECODED_NBYTES", 200_000)
     database_of(database, bytes(10_000), 300)
     with pytest.raises(errors.CorruptCheckpointError, match="stand for"):
-        ckptkit.restore(database)
+        ckptkit.restore(place_of(database))
+
+
+def test_a_node_larger_than_any_writer_makes_is_not_read(database, place_of, monkeypatch):
+    database_of(database, os.urandom(300_000), 1)
+    monkeypatch.setattr("ckptkit.storage._ocdbt_values._MAX_DECODED_NBYTES", 200_000)
+    with pytest.raises(errors.CorruptCheckpointError, match="more than any writer makes"):
+        ckptkit.restore(place_of(database))
+
+
+def test_a_numbered_manifest_that_expands_to_gigabytes_is_refused(database, place_of):
+    database_of(database, b"", 1, manifest_kind="numbered")
+    newest = max(name for name in os.listdir(database) if name.startswith("manifest.0"))
+    write(database, newest, read(database, newest)[:14] + packed({"id": "zstd"}, 700 * MIB))
+    with pytest.raises(errors.CorruptCheckpointError, match="stand for"):
+        ckptkit.restore(place_of(database))
 
 
 def test_more_keys_than_their_bytes_can_bear_out_are_refused(database, monkeypatch):
@@ -148,3 +180,16 @@ def test_an_array_of_fill_values_for_which_there_is_no_memory_is_refused(files):
     outcome = open_hostile(files)
     assert outcome.kind == "refused", outcome
     assert outcome.peak_nbytes < LITTLE
+
+
+@pytest.mark.parametrize("compressor", [None, {"id": "zstd"}])
+def test_an_array_of_which_less_is_stored_than_it_claims_is_refused(files, place_of, compressor):
+    rewritten(files, shape=[1 << 42], chunks=[1 << 42], compressor=compressor)
+    with pytest.raises(errors.FormatError, match="claims 17592186044416 bytes, but"):
+        ckptkit.restore(place_of(files))
+
+
+def test_an_array_that_is_stored_as_it_claims_is_not(files, place_of, monkeypatch):
+    monkeypatch.setattr("ckptkit.storage._chunk_reader._MAX_LOST_NBYTES", 0)
+    monkeypatch.setattr("ckptkit.storage._chunk_reader._MAX_FILLED_NBYTES", 0)
+    assert ckptkit.restore(place_of(files))["a"].tolist() == list(range(1000))

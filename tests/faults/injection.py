@@ -110,7 +110,7 @@ class Disk:
     def __init__(self, kind: str, directory: Path) -> None:
         if sys.platform != "linux" or os.geteuid() != 0:
             pytest.skip("cutting the power of a disk needs root on Linux, to mount one")
-        _install(f"mkfs.{kind}", {"ext4": "e2fsprogs", "xfs": "xfsprogs"}[kind])
+        install(f"mkfs.{kind}", {"ext4": "e2fsprogs", "xfs": "xfsprogs"}[kind])
         self._image, self.path = directory / "image", directory / "disk"
         self.path.mkdir()
         with self._image.open("wb") as image:
@@ -151,7 +151,7 @@ class Disk:
 os.environ["PATH"] += f"{os.pathsep}/usr/sbin{os.pathsep}/sbin"  # where mkfs and losetup are, and not every path leads
 
 
-def _install(program: str, package: str) -> None:
+def install(program: str, package: str) -> None:
     """Skips the test where a program is missing that nothing here may install: only CI, as root, calls apt-get."""
     if shutil.which(program) is None and "CI" in os.environ and shutil.which("apt-get") and os.geteuid() == 0:
         command = ["apt-get", "install", "--yes", "--quiet", "-o", "DPkg::Lock::Timeout=60", package]

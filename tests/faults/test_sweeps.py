@@ -7,7 +7,8 @@ import itertools
 import os
 import shutil
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +52,13 @@ def sweeps(short: Sequence[Any], whole: Sequence[Any]) -> pytest.MarkDecorator:
 
 
 class Sweep:
-    """Repeats a save in a directory of its own, once for each call that it makes, with a fault at that call."""
+    """Repeats a save in a directory of its own, with a fault at one of the calls that it makes."""
 
-    def __init__(self, server: Server, directory: Path, case: Save, limit: int | None) -> None:
+    def __init__(self, server: Server, directory: Path, case: Save) -> None:
         self._server = server
         self._case = case
-        self._limit = limit
         self._start, self.directory = directory / "start", directory / "work"
-        self._start.mkdir()
+        self._start.mkdir(parents=True)
         if case.over:
             assert self._save(self._start, version=OLD)["error"] is None
         self.log = directory / "log"
@@ -85,12 +85,11 @@ class Sweep:
         calls = self.log.read_text().splitlines()
         return answer, calls[at - 1] if at <= len(calls) else ""
 
-    def points(self) -> Iterator[int]:
-        """The calls to fault, from 1 on."""
+    def points(self, limit: int | None) -> range:
+        """The calls to fault, from 1 on; about `limit` of them, or all."""
         count = self.run(Action.COUNT)[0]["count"]
         assert count > 20
-        step = 1 if self._limit is None else max(1, count // self._limit)
-        yield from range(1, count + 1, step)
+        return range(1, count + 1, 1 if limit is None else max(1, count // limit))
 
     def version(self) -> int | None:
         """What a reader finds; None where there is no checkpoint."""
@@ -109,13 +108,31 @@ class Sweep:
         return version
 
 
+def at_each_call(
+    servers: Sequence[Server], directory: Path, case: Save, limit: int | None, strike: Callable[[Sweep, int], None]
+) -> None:
+    """Calls `strike` with a sweep and a call to fault, for each call; every server has a sweep and takes its share of them."""
+    lanes = [Sweep(server, directory / str(n), case) for n, server in enumerate(servers)]
+    points = lanes[0].points(limit)
+
+    def strike_share(n: int) -> None:
+        for at in points[n :: len(lanes)]:
+            strike(lanes[n], at)
+
+    with ThreadPoolExecutor(len(lanes)) as pool:
+        list(pool.map(strike_share, range(len(lanes))))
+
+
 @sweeps(ONE, NUMPY + SHARDED_OVER)
-def test_a_process_killed_at_any_call_leaves_one_whole_checkpoint(server: Server, tmp_path: Path, case: Save, limit: int) -> None:
-    sweep = Sweep(server, tmp_path, case, limit)
-    for at in sweep.points():
+def test_a_process_killed_at_any_call_leaves_one_whole_checkpoint(
+    servers: Sequence[Server], tmp_path: Path, case: Save, limit: int
+) -> None:
+    def strike(sweep: Sweep, at: int) -> None:
         answer, call = sweep.run(Action.KILL, at=at)
         assert answer["status"] in (-signal.SIGKILL, 0), call  # a call may come one sooner than when it was counted
         sweep.check(f"{at}: {call}")
+
+    at_each_call(servers, tmp_path, case, limit, strike)
 
 
 REFUSALS = [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS, errno.EACCES]
@@ -139,38 +156,42 @@ def expect_refusal(sweep: Sweep, action: Action, number: int, at: int, case: Sav
 
 @sweeps(ONE, NUMPY + SHARDED_OVER)
 def test_a_call_that_the_system_refuses_is_one_typed_error_or_none(
-    server: Server, tmp_path: Path, case: Save, limit: int
+    servers: Sequence[Server], tmp_path: Path, case: Save, limit: int
 ) -> None:
-    sweep = Sweep(server, tmp_path, case, limit)
-    for at in sweep.points():
+    def strike(sweep: Sweep, at: int) -> None:
         expect_refusal(sweep, Action.FAIL, REFUSALS[at % len(REFUSALS)], at, case)
+
+    at_each_call(servers, tmp_path, case, limit, strike)
 
 
 @sweeps(ONE, OVER)
 def test_a_disk_that_refuses_everything_from_some_call_on_leaves_the_old_checkpoint(
-    server: Server, tmp_path: Path, case: Save, limit: int
+    servers: Sequence[Server], tmp_path: Path, case: Save, limit: int
 ) -> None:
-    sweep = Sweep(server, tmp_path, case, limit)
-    for at in sweep.points():
+    def strike(sweep: Sweep, at: int) -> None:
         expect_refusal(sweep, Action.FAIL_FROM, REFUSALS[at % len(REFUSALS)], at, case)
+
+    at_each_call(servers, tmp_path, case, limit, strike)
 
 
 @sweeps(ONE, [case for case in OVER if case.background])
-def test_a_write_that_the_system_cuts_short_is_continued(server: Server, tmp_path: Path, case: Save, limit: int) -> None:
-    sweep = Sweep(server, tmp_path, case, limit)
-    for at in sweep.points():
+def test_a_write_that_the_system_cuts_short_is_continued(
+    servers: Sequence[Server], tmp_path: Path, case: Save, limit: int
+) -> None:
+    def strike(sweep: Sweep, at: int) -> None:
         answer, call = sweep.run(Action.SHORT, at=at)
         assert (answer["status"], answer["error"]) == (0, None), call
         assert sweep.check(call) == NEW
+
+    at_each_call(servers, tmp_path, case, limit, strike)
 
 
 @sweeps(ONE, [case for case in OVER if not case.background])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_a_signal_at_any_call_leaves_one_whole_checkpoint(
-    server: Server, tmp_path: Path, case: Save, limit: int, number: signal.Signals
+    servers: Sequence[Server], tmp_path: Path, case: Save, limit: int, number: signal.Signals
 ) -> None:
-    sweep = Sweep(server, tmp_path, case, limit)
-    for at in sweep.points():
+    def strike(sweep: Sweep, at: int) -> None:
         answer, call = sweep.run(Action.SIGNAL, number, at)
         where = f"{at}: {call} -> {answer}"
         if number is signal.SIGTERM:
@@ -178,3 +199,5 @@ def test_a_signal_at_any_call_leaves_one_whole_checkpoint(
         elif answer.get("error"):  # none also where the signal came with the last call, and struck the server's own code
             assert answer["error"]["type"] == "KeyboardInterrupt", where
         sweep.check(where)
+
+    at_each_call(servers, tmp_path, case, limit, strike)
