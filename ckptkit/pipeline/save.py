@@ -191,6 +191,7 @@ def _write(
                 del staged  # a view keeps jax from reusing a donated buffer; let it go as soon as its bytes are written
             _check_wanted(result)
             writer.commit()
+            tracker.heads.update({f"{location.url}/{path}": nbytes for path, nbytes in writer.data_files().items()})
         except BaseException:
             writer.abort()
             raise
