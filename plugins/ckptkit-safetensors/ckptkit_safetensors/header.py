@@ -85,7 +85,7 @@ def encode(arrays: Sequence[ArraySpec]) -> tuple[bytes, dict[str, Tensor], int]:
     Raises:
       errors.ArgsError: the header would be larger than the library reads.
     """
-    chunks = {array.name: array.chunk_shape for array in arrays if array.chunk_shape != _one_chunk(array.shape)}
+    chunks = {a.name: a.chunk_shape for a in arrays if a.chunk_shape != a.shape and a.chunk_shape != _one_chunk(a.shape)}
     document: dict[str, Any] = {METADATA_KEY: {"format": "pt", _CHUNKS_KEY: _dump(chunks)}}
     tensors, start = {}, 0
     for array in arrays:
@@ -123,9 +123,9 @@ def parse(text: bytes, size: int, where: str) -> Mapping[str, Tensor]:
     metadata = document.pop(METADATA_KEY, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise errors.FormatError(f"{where}: {METADATA_KEY} is {_shown(metadata)}, expected an object of texts.")
-    found = {name: _tensor(name, entry, where) for name, entry in document.items()}
+    found = {name: _tensor(name, entry, _CHUNKS_KEY in metadata, where) for name, entry in document.items()}
     _check_places(found, size, where)
-    return found if _CHUNKS_KEY not in metadata else _with_chunks(found, metadata[_CHUNKS_KEY], where)
+    return _with_chunks(found, metadata.get(_CHUNKS_KEY, "{}"), where)
 
 
 def _load(text: bytes, where: str) -> Any:
@@ -144,7 +144,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return document
 
 
-def _tensor(name: str, entry: Any, where: str) -> Tensor:
+def _tensor(name: str, entry: Any, exact: bool, where: str) -> Tensor:  # noqa: FBT001 - never called with a bare True
     """An entry, with the whole array as its one chunk."""
     try:
         word, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -162,7 +162,7 @@ def _tensor(name: str, entry: Any, where: str) -> Tensor:
     array = ArraySpec(name, tuple(shape), dtype, cell)
     if type(start) is not int or type(stop) is not int or not 0 <= start <= stop or stop - start != array.nbytes:
         raise _malformed(name, entry, f"data_offsets that are {array.nbytes} bytes apart", where)
-    return Tensor(array, start)
+    return Tensor(array, start, exact)
 
 
 def _check_places(tensors: Mapping[str, Tensor], size: int, where: str) -> None:
@@ -180,12 +180,11 @@ def _check_places(tensors: Mapping[str, Tensor], size: int, where: str) -> None:
         raise errors.FormatError(f"{where}: the header describes {end} bytes of data, but {size} are in the file: {cut}.")
 
 
-def _with_chunks(tensors: Mapping[str, Tensor], text: str, where: str) -> Mapping[str, Tensor]:
+def _with_chunks(tensors: dict[str, Tensor], text: str, where: str) -> Mapping[str, Tensor]:
     """The arrays with the chunks that `encode` recorded."""
     recorded = _load(text.encode(errors="replace"), where)
     if not isinstance(recorded, dict):
         raise errors.FormatError(f"{where}: {_CHUNKS_KEY} is {_shown(recorded)}, expected an object.")
-    found = {name: tensor._replace(exact=True) for name, tensor in tensors.items()}
     for name, shape in recorded.items():
         tensor = tensors.get(name)
         fits = tensor is not None and isinstance(shape, list) and len(shape) == len(tensor.array.shape)
@@ -196,8 +195,8 @@ def _with_chunks(tensors: Mapping[str, Tensor], text: str, where: str) -> Mappin
             raise errors.FormatError(
                 f"{where}: array {name[:100]!r} has {chunk_count(array)} chunks, more than are ever written."
             )
-        found[name] = found[name]._replace(array=array)
-    return found
+        tensors[name] = tensor._replace(array=array)
+    return tensors
 
 
 def _malformed(name: str, entry: Any, expected: str, where: str) -> errors.FormatError:

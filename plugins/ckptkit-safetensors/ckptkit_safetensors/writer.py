@@ -42,7 +42,7 @@ class SafetensorsWriter(Writer):
         for chunk in chunks:
             place, array = self._places[chunk.array.name], chunk.array
             # As for every chunk of this array: no two ways of writing may meet in a row.
-            axis = row_axis(array.shape, array.dtype.itemsize, list(map(min, array.chunk_shape, array.shape)))
+            axis = row_axis(array.shape, array.dtype.itemsize, tuple(map(min, array.chunk_shape, array.shape)))
             if axis == len(array.shape):
                 direct.setdefault(place.path, []).extend(extents(place.offset, array.shape, chunk.index, chunk.data))
             elif chunk.data.size:
