@@ -47,9 +47,15 @@ class Listed(NamedTuple):
 
 @attrs.frozen
 class FileList:
-    """The files of a checkpoint, by their paths below it."""
+    """What the list says.
+
+    Attributes:
+      files: the files of a checkpoint, by their paths below it.
+      providers: who provides the handlers that wrote it, by type string: 'distribution version', or 'module name'.
+    """
 
     files: Mapping[str, Listed]
+    providers: Mapping[str, str] = attrs.field(factory=dict)
 
     def check(self, location: Location, wanted: Callable[[str], bool]) -> None:
         """Reads the files that are `wanted`, by path.
@@ -99,7 +105,13 @@ class FileList:
         return {path: error for path, error in found.items() if error is not None}
 
 
-def write_file_list(location: Location, covered: Collection[str], heads: Mapping[str, int], late: Mapping[str, bytes]) -> None:
+def write_file_list(
+    location: Location,
+    covered: Collection[str],
+    heads: Mapping[str, int],
+    late: Mapping[str, bytes],
+    providers: Mapping[str, str],
+) -> None:
     """Lists what is in a directory.
 
     Args:
@@ -107,6 +119,7 @@ def write_file_list(location: Location, covered: Collection[str], heads: Mapping
       covered: URLs of directories whose files an index covers.
       heads: URLs of files that an index covers from a byte on.
       late: files that are written after the list.
+      providers: who provides the handlers, by type string.
 
     Raises:
       errors.ArgsError: a handler wrote a file of the list's own name.
@@ -121,7 +134,7 @@ def write_file_list(location: Location, covered: Collection[str], heads: Mapping
         measuring = {path: workers.submit(_measured, location, path, heads.get(root + path)) for path in paths}
         files = {path: future.result() for path, future in measuring.items()}
     files |= {name: Listed(len(data), xxhash.xxh3_64_hexdigest(data)) for name, data in late.items()}
-    location.write_bytes(FILE_LIST, _encode(files))
+    location.write_bytes(FILE_LIST, _encode(files, providers))
 
 
 def read_file_list(location: Location) -> FileList | None:
@@ -152,9 +165,9 @@ def _measured(location: Location, path: str, head: int | None) -> Listed:
     return Listed(size, checksum.hexdigest(), head is not None)
 
 
-def _encode(files: Mapping[str, Listed]) -> bytes:
+def _encode(files: Mapping[str, Listed], providers: Mapping[str, str]) -> bytes:
     entries = {path: listed if listed.is_head else listed[:2] for path, listed in files.items()}
-    body = json.dump_exact({"version": _VERSION, "algorithm": _ALGORITHM, "files": entries})[1:]
+    body = json.dump_exact({"version": _VERSION, "algorithm": _ALGORITHM, "providers": providers, "files": entries})[1:]
     return b'{"checksum": "%b", %b' % (xxhash.xxh3_64_hexdigest(body).encode(), body)
 
 
@@ -169,7 +182,11 @@ def _decode(data: bytes, where: str) -> FileList:
     if (document.get("version"), document.get("algorithm")) != (_VERSION, _ALGORITHM):
         raise errors.FormatError(f"{where}: version {document.get('version')!r}, expected {_VERSION}; a newer ckptkit wrote it.")
     files = json.expect(document.get("files"), dict, "files", where)
-    return FileList({path: _listed(value, path, where) for path, value in files.items()})
+    providers = json.expect(document.get("providers", {}), dict, "providers", where)
+    return FileList(
+        {path: _listed(value, path, where) for path, value in files.items()},
+        {typestr: json.expect(provider, str, "a provider", where) for typestr, provider in providers.items()},
+    )
 
 
 def _listed(value: Any, path: str, where: str) -> Listed:
