@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 import attrs
 import xxhash
@@ -19,8 +19,10 @@ import xxhash
 from ckptkit import errors
 from ckptkit._marker import is_of_commits
 from ckptkit._threads import Workers
-from ckptkit.location import Location
+from ckptkit.location import Location, mapped_os_errors
 from ckptkit.metadata import json
+
+T = TypeVar("T")
 
 __all__ = ["FILE_LIST", "FileList", "Listed", "read_file_list", "write_file_list"]
 
@@ -28,6 +30,8 @@ FILE_LIST: Final = "ckptkit_files.json"
 
 _VERSION: Final = 1
 _ALGORITHM: Final = "xxh3_64"
+_LITTLE_NBYTES: Final = 4 << 20
+"""What is read in about the time that starting threads takes."""
 _SEAL: Final = re.compile(rb'\{"checksum": "([0-9a-f]{16})", ')
 
 
@@ -99,9 +103,8 @@ class FileList:
             expected = f"{listed.size} bytes with checksum {listed.checksum}"
             return errors.CorruptCheckpointError(f"{found.size} bytes with checksum {found.checksum}, expected {expected}")
 
-        with _workers(files) as workers:
-            checking = {path: workers.submit(problem, path, listed) for path, listed in files.items()}
-            found = {path: future.result() for path, future in checking.items()}
+        little = location.local_path is not None and sum([listed.size for listed in files.values()]) <= _LITTLE_NBYTES
+        found = _each(lambda path: problem(path, files[path]), files, at_once=little)
         return {path: error for path, error in found.items() if error is not None}
 
 
@@ -125,14 +128,15 @@ def write_file_list(
       errors.ArgsError: a handler wrote a file of the list's own name.
       errors.StorageError: a file cannot be read, or the list cannot be written.
     """
-    root = f"{location.url.rstrip('/')}/"
-    found = location.files({url.removeprefix(root) for url in covered})
+    url = f"{location.url.rstrip('/')}/"
+    found = location.files({each.removeprefix(url) for each in covered})
     paths = [path for path in found if not is_of_commits(path)]
     if FILE_LIST in paths:
         raise errors.ArgsError(f"{location.url}: a handler wrote {FILE_LIST!r}, the name of the checkpoint's list of files.")
-    with _workers(paths) as workers:
-        measuring = {path: workers.submit(_measured, location, path, heads.get(root + path)) for path in paths}
-        files = {path: future.result() for path, future in measuring.items()}
+    root = location.local_path
+    with mapped_os_errors(location.url, "list the files"):
+        little = root is not None and sum([os.path.getsize(os.path.join(root, path)) for path in paths]) <= _LITTLE_NBYTES
+    files = _each(lambda path: _measured(location, path, heads.get(url + path)), paths, at_once=little)
     files |= {name: Listed(len(data), xxhash.xxh3_64_hexdigest(data)) for name, data in late.items()}
     location.write_bytes(FILE_LIST, _encode(files, providers))
 
@@ -149,8 +153,13 @@ def read_file_list(location: Location) -> FileList | None:
     return _decode(location.read_bytes(FILE_LIST), f"{location.url}/{FILE_LIST}")
 
 
-def _workers(files: Collection[str]) -> Workers:
-    return Workers(max(1, min(4, os.cpu_count() or 1, len(files))), "ckptkit-files")
+def _each(function: Callable[[str], T], paths: Collection[str], *, at_once: bool) -> dict[str, T]:
+    """What a function returns for each path: by threads, or in this one, where starting them would take longer."""
+    if at_once:
+        return {path: function(path) for path in paths}
+    with Workers(max(1, min(4, os.cpu_count() or 1, len(paths))), "ckptkit-files") as workers:
+        pending = {path: workers.submit(function, path) for path in paths}
+        return {path: future.result() for path, future in pending.items()}
 
 
 def _measured(location: Location, path: str, head: int | None) -> Listed:
