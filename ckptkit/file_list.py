@@ -1,8 +1,9 @@
 """The list of a checkpoint's files, with their sizes and checksums: `ckptkit_files.json` in its root.
 
 It is written when all others are, and has every file, whichever handler wrote it, except those of which a restore uses nothing
-but arrays and chunks: the index beside them says what those must be (see `StorageBackend.data_directories`). Checksums are
-XXH3 with 64 bits, as in the index. The list begins with the checksum of the rest of itself. Orbax ignores the file.
+but arrays and chunks: the index beside them says what those must be (see `StorageBackend.data_directories`). Of a file that
+begins with something else, it has the head (see `Writer.data_files`). Checksums are XXH3 with 64 bits, as in the index. The list
+begins with the checksum of the rest of itself. Orbax ignores the file.
 """
 
 from __future__ import annotations
@@ -40,10 +41,12 @@ class Listed(NamedTuple):
     Attributes:
       size: in bytes.
       checksum: 16 hexadecimal digits.
+      is_head: whether that is said of the first bytes alone: an index says what follows them.
     """
 
     size: int
     checksum: str
+    is_head: bool = False
 
 
 @attrs.frozen
@@ -90,7 +93,7 @@ class FileList:
 
         def problem(path: str, listed: Listed) -> errors.CheckpointError | None:
             try:
-                found = _measured(location, path)
+                found = _measured(location, path, listed.size if listed.is_head else None)
             except errors.CheckpointError as error:
                 return error
             finally:
@@ -106,13 +109,18 @@ class FileList:
 
 
 def write_file_list(
-    location: Location, covered: Collection[str], late: Mapping[str, bytes], providers: Mapping[str, str]
+    location: Location,
+    covered: Collection[str],
+    heads: Mapping[str, int],
+    late: Mapping[str, bytes],
+    providers: Mapping[str, str],
 ) -> None:
     """Lists what is in a directory.
 
     Args:
       location: of the checkpoint that is about to be committed.
       covered: URLs of directories whose files an index covers.
+      heads: URLs of files that an index covers from a byte on.
       late: files that are written after the list.
       providers: who provides the handlers, by type string.
 
@@ -128,7 +136,7 @@ def write_file_list(
     root = location.local_path
     with mapped_os_errors(location.url, "list the files"):
         little = root is not None and sum([os.path.getsize(os.path.join(root, path)) for path in paths]) <= _LITTLE_NBYTES
-    files = _each(lambda path: _measured(location, path), paths, at_once=little)
+    files = _each(lambda path: _measured(location, path, heads.get(url + path)), paths, at_once=little)
     files |= {name: Listed(len(data), xxhash.xxh3_64_hexdigest(data)) for name, data in late.items()}
     location.write_bytes(FILE_LIST, _encode(files, providers))
 
@@ -154,16 +162,21 @@ def _each(function: Callable[[str], T], paths: Collection[str], *, at_once: bool
         return {path: future.result() for path, future in pending.items()}
 
 
-def _measured(location: Location, path: str) -> Listed:
+def _measured(location: Location, path: str, head: int | None) -> Listed:
+    """A file as it is, or as many bytes of its beginning as `head` says."""
     size, checksum = 0, xxhash.xxh3_64()
     for block in location.blocks(path):
-        size += len(block)
-        checksum.update(block)
-    return Listed(size, checksum.hexdigest())
+        part = block if head is None else block[: head - size]
+        size += len(part)
+        checksum.update(part)
+        if size == head:
+            break
+    return Listed(size, checksum.hexdigest(), head is not None)
 
 
 def _encode(files: Mapping[str, Listed], providers: Mapping[str, str]) -> bytes:
-    body = json.dump_exact({"version": _VERSION, "algorithm": _ALGORITHM, "providers": providers, "files": files})[1:]
+    entries = {path: listed if listed.is_head else listed[:2] for path, listed in files.items()}
+    body = json.dump_exact({"version": _VERSION, "algorithm": _ALGORITHM, "providers": providers, "files": entries})[1:]
     return b'{"checksum": "%b", %b' % (xxhash.xxh3_64_hexdigest(body).encode(), body)
 
 
@@ -187,8 +200,8 @@ def _decode(data: bytes, where: str) -> FileList:
 
 def _listed(value: Any, path: str, where: str) -> Listed:
     match value:
-        case [int(size), str(checksum)] if size >= 0:
-            return Listed(size, checksum)
+        case [int(size), str(checksum), *rest] if size >= 0 and rest in ([], [True]):
+            return Listed(size, checksum, bool(rest))
     raise json.unexpected(where, f"the entry of {path!r}", value, "a size and a checksum")
 
 

@@ -163,6 +163,7 @@ class Tracker:
       leaf_count: leaves that it will move in all.
       verified: False once something was read that has no checksum.
       covered: URLs of directories of which a restore uses nothing but what an index has checksums of.
+      heads: URLs of files of which that holds from a byte on, with the number of bytes before it.
       corrupt: key paths of leaves that were left out because their bytes are damaged.
       let_go: set once nobody waits any more for the call that began the operation.
     """
@@ -174,6 +175,7 @@ class Tracker:
         self.leaf_count = 0
         self.verified = True
         self.covered: set[str] = set()
+        self.heads: dict[str, int] = {}
         self.corrupt: list[tuple[str, ...]] = []
         self.let_go = threading.Event()
         self._operation: Operation = operation

@@ -173,7 +173,7 @@ class Saving:
         step = attrs.evolve(self._step, commit_timestamp_nsecs=time.time_ns())
         described = encode_step(step)
         # The list before `_CHECKPOINT_METADATA`, which Orbax writes first: `commit.clean` tells the two's leftovers apart.
-        write_file_list(temporary, self._tracker.covered, {STEP_FILE: described}, self._step.providers)
+        write_file_list(temporary, self._tracker.covered, self._tracker.heads, {STEP_FILE: described}, self._step.providers)
         temporary.write_bytes(STEP_FILE, described)
         pending.commit()
 

@@ -90,7 +90,7 @@ def _tree_folders(location: Location, listed: FileList | None, registry: Registr
 def _listed_files(location: Location, listed: FileList, tracker: Tracker) -> Iterator[Part]:
     tracker.expect(sum([each.size for each in listed.files.values()]), 0)
     problems = listed.problems(location, listed.files, tracker.advance)
-    for path, (size, _) in listed.files.items():
+    for path, (size, _, _) in listed.files.items():
         problem = problems.get(path)
         if problem is not None and not is_damage(problem):
             raise problem

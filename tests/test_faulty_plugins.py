@@ -232,6 +232,23 @@ def test_a_backend_that_answers_wrongly_stops_the_save_and_leaves_nothing(tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("wrong", [None, {7: 0}, {"a": -1}, {"a": True}])
+def test_a_writer_that_names_no_files_with_heads_stops_the_save_and_leaves_nothing(tmp_path, registry, wrong):
+    class Naming(OcdbtBackend):
+        name = "acme_store"
+
+        def writer(self, *place):
+            writer = super().writer(*place)
+            writer.data_files = lambda: wrong
+            return writer
+
+    install(registry, backend=Naming())
+    checkpointer = StandardCheckpointer(registry=registry, storage="acme_store")
+    with checkpointer, pytest.raises(errors.PluginError, match=r"data_files returned"):
+        save_whole(checkpointer, tmp_path / "checkpoint", TREE)
+    assert list(tmp_path.iterdir()) == []
+
+
 STORE_RESTORE_FAULTS = {
     "no reader": ({"reader": answer(None)}, r"Store\.reader returned None; expected a ckptkit\.storage\.base\.Reader"),
     "raises when opening": ({"reader": fails}, r"Store\.reader raised KeyError"),

@@ -578,7 +578,7 @@ def test_a_save_lists_no_file_of_another_one_in_the_same_place(request: pytest.F
     first.temporary.write_bytes("a", b"1")
     second = commit.begin(place, force=True, mode=None)
     second.temporary.write_bytes("b", b"2")
-    write_file_list(first.temporary, (), {}, {})
+    write_file_list(first.temporary, (), {}, {}, {})
     listed = read_file_list(first.temporary)
     assert listed is not None
     assert list(listed.files) == ["a"]

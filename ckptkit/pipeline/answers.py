@@ -36,6 +36,7 @@ __all__ = [
     "described",
     "directories",
     "futures",
+    "heads",
     "instance",
     "keys",
     "kinds",
@@ -307,6 +308,15 @@ def directories(answers: Answers, found: Any) -> Sequence[str]:
     """What `StorageBackend.data_directories` and `ManyWriters.merge` say."""
     listed = list(found)
     return answers.each(listed, len(listed), "directory", (str,))
+
+
+def heads(answers: Answers, found: Any) -> Mapping[str, int]:
+    """What `Writer.data_files` says."""
+    listed: Mapping[str, int] = instance(answers, found, Mapping)
+    answers.each(list(listed), len(listed), "file", (str,))
+    if wrong := [nbytes for nbytes in listed.values() if type(nbytes) is not int or nbytes < 0]:
+        raise answers.mistake(f"returned {_shown(wrong[0])} as the size of a head; expected a number of bytes")
+    return listed
 
 
 def keys(registry: Registry, backend: StorageBackend, names: Iterable[str]) -> Mapping[str, tuple[str, ...]]:

@@ -180,6 +180,9 @@ def _write(
             _check_wanted(result)
             with answers.calling(plan.registry, writer, "commit"):
                 writer.commit()
+            with answers.calling(plan.registry, writer, "data_files") as asked:
+                heads = answers.heads(asked, writer.data_files())
+            tracker.heads.update({f"{location.url}/{path}": nbytes for path, nbytes in heads.items()})
         except BaseException:
             writer.abort()
             raise

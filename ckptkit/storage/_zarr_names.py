@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from typing import Final
@@ -32,6 +31,11 @@ _TAKEN: Final = {
 _CHUNK: Final = re.compile(r"\.zarray|\.zattrs|\.zgroup|zarr\.json|c|[0-9.]+")
 """What lies in an array's own directory: its documents and chunks in either version of zarr."""
 
+_UNSAFE: Final = re.compile(r"[\x00-\x1f\x7f\\\ufffe\uffff]")
+"""Control characters and what else XML, in which object stores list names, cannot hold, and the backslash, by which Windows and
+some of those stores divide names: such an array would not be found again, there or after a copy.
+"""
+
 _RULE: Final = "without OCDBT it becomes a directory: rename it, or save with OCDBT, where any name will do."
 
 
@@ -45,8 +49,8 @@ def name_refusals(names: Sequence[str]) -> list[str | None]:
 
 def _refusal(name: str) -> str | None:
     parts = name.removesuffix("/").split("/")
-    if not encodable(name) or "\0" in name or (os.sep != "/" and os.sep in name):
-        return f"the name {name!a} holds a character that no name of a file can hold; {_RULE}"
+    if not encodable(name) or _UNSAFE.search(name):
+        return f"the name {name!a} holds a character that a name of a file cannot hold everywhere; {_RULE}"
     if any(part in ("", ".", "..") for part in parts):
         return f"the name {name!r} has a part that is empty, '.' or '..'; {_RULE}"
     if parts[0].lower() in _TAKEN:

@@ -48,6 +48,15 @@ class Writer(abc.ABC):
         Files of a local directory need not be synced: whoever commits the checkpoint syncs every file of it.
         """
 
+    def data_files(self) -> Mapping[str, int]:
+        """Files, by their paths in the directory, that are arrays from a byte on, with the number of bytes before it.
+
+        Asked for once `commit` has returned. The checkpoint's list of files has the checksum of those bytes alone, so that a
+        restore reads arrays once. Each byte that follows must be a chunk's, which the index checks, and the reader refuses a file
+        that is longer or shorter. Where whole directories are such, see `StorageBackend.data_directories`.
+        """
+        return {}
+
     @abc.abstractmethod
     def abort(self) -> None:
         """Stops and releases everything; what was written may stay (the directory is removed by the caller)."""

@@ -27,6 +27,7 @@ from ckptkit.testing import _backends as by_hand
 __all__ = [
     "Checkpoint",
     "cancelled",
+    "changes",
     "damages",
     "fresh_process",
     "give_up",
@@ -121,11 +122,21 @@ class _Reports:
 
 def damages(data: bytes) -> Iterator[tuple[str, bytes]]:
     """Some ways in which a file can be wrong: a bit flipped here and there, the end missing."""
-    step = max(1, len(data) // 12)
-    for at in range(0, len(data), step):
-        yield f"bit flipped at byte {at} of {len(data)}", data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :]
+    yield from _flips(data, range(0, len(data), max(1, len(data) // 12)))
     for size in sorted({0, len(data) // 2, len(data) - 1} - {len(data), -1}):
         yield f"cut off at byte {size} of {len(data)}", data[:size]
+
+
+def changes(data: bytes, start: int, count: int) -> Iterator[tuple[str, bytes]]:
+    """About so many ways in which a file can differ from a byte on."""
+    yield from _flips(data, range(start, len(data), max(1, (len(data) - start) // max(1, count))))
+    yield f"cut off at byte {start} of {len(data)}", data[:start]
+    yield "continued", data + b"\0"
+
+
+def _flips(data: bytes, places: Iterable[int]) -> Iterator[tuple[str, bytes]]:
+    for at in places:
+        yield f"bit flipped at byte {at} of {len(data)}", data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :]
 
 
 def losses(data: bytes) -> Iterator[tuple[str, bytes]]:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from ckptkit import errors
 from ckptkit.args import PyTreeRestore
+from ckptkit.file_list import read_file_list
 from ckptkit.options import StorageOptions
 from ckptkit.registry import Registry
 from ckptkit.storage import Job, Location, StorageBackend, chunk_indices
@@ -289,6 +290,28 @@ class StorageBackendTests:
         tree = {"w": by_hand.array("w", (32, 16), seed=1).values, "b": by_hand.array("b", (5,), np.int32, seed=2).values}
         checkpoint = checkpoints.saved(tree, registry, location, backend)
         checkpoint.survives(checkpoints.damages, lambda found: assert_same(found, tree))
+
+    @promise(
+        "Of a file that data_files() names, any change of the bytes behind its head is an error.",
+        "ckptkit.storage.Writer.data_files",
+    )
+    def test_changed_data_files_are_an_error(self, backend: StorageBackend, location: Location, registry: Registry) -> None:
+        arrays = [by_hand.array(f"a{i}", (5, 3), dtype, seed=i) for i, dtype in enumerate(strategies.NUMPY_DTYPES)]
+        answers = backend.refuse([stored.spec for stored in arrays])
+        tree = {s.spec.name: s.values for s, answer in zip(arrays, answers, strict=True) if answer is None}
+        checkpoint = checkpoints.saved(tree, registry, location, backend)
+        listed = read_file_list(checkpoint.location)
+        heads = {} if listed is None else {path: entry.size for path, entry in listed.files.items() if entry.is_head}
+        if not heads:
+            pytest.skip("its writer names no data_files")
+        for path, size in heads.items():
+            data = checkpoint.location.read_bytes(path)
+            for what, damaged in checkpoints.changes(data, size, 100 // len(heads)):
+                checkpoint.location.write_bytes(path, damaged)
+                with contextlib.suppress(errors.CheckpointError):
+                    checkpoint.restore()
+                    pytest.fail(f"{path}, {what}: no error")
+            checkpoint.location.write_bytes(path, data)
 
     @promise("A save that was given up leaves nothing running, and the next one is whole.", "ckptkit.storage.Writer.abort")
     def test_a_cancelled_save(self, backend: StorageBackend, new_location: Callable[[], Location], registry: Registry) -> None:

@@ -207,6 +207,15 @@ class FollowsNames(PlainWriter):
             path.write_text("")
 
 
+class NamesWhatNobodyChecks(PlainWriter):
+    def commit(self):
+        super().commit()
+        self.create("unused.bin", b"12")
+
+    def data_files(self):
+        return {"unused.bin": 1}
+
+
 class Stale(PlainReader):
     """Hands out what was read of a chunk of this array and shape before, wherever that was."""
 

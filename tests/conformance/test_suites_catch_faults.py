@@ -35,6 +35,7 @@ BACKENDS = {
     "test_refusals_come_before_any_io": broken(faulty.LikesFewDtypes),
     "test_partial_restore": broken(reader=faulty.Zeros),
     "test_damage_is_an_error": broken(reader=faulty.Unchecked),
+    "test_changed_data_files_are_an_error": broken(faulty.NamesWhatNobodyChecks),
     "test_a_cancelled_save": broken(faulty.WritesLater),
     "test_a_failed_save_leaves_nothing": broken(faulty.Silent),
     "test_a_fresh_process_restores": faulty.Plain,  # nothing installs it

@@ -75,6 +75,11 @@ class Server:
             self._process.wait(10)
 
 
+def pytest_configure(config):
+    # Not by `pytest_plugins`, which pytest takes from the topmost conftest.py alone: this suite may be run with others.
+    config.pluginmanager.import_plugin("ckptkit.testing.fixtures")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def credentials():
     """The server's credentials, and none of whoever runs the tests."""

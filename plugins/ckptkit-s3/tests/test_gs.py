@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import itertools
 import json
 import threading
 import time
@@ -15,6 +16,7 @@ import pytest
 import ckptkit
 import ckptkit_s3
 from ckptkit import args, errors
+from ckptkit.testing import StorageBackendTests
 
 _PAGE = 3
 
@@ -39,6 +41,7 @@ class FakeGcs(http.server.ThreadingHTTPServer):
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each answer waits 40 ms for the rest of it
 
     def log_message(self, *args):
         pass
@@ -264,3 +267,19 @@ def test_a_missing_bucket_is_told(registry):
 def test_urls_that_name_no_folder_of_a_bucket_are_refused(bad):
     with pytest.raises(errors.ArgsError, match="expected gs://bucket/path"):
         ckptkit_s3.GoogleStorage()(bad)
+
+
+@pytest.mark.slow
+class TestOcdbt(StorageBackendTests):
+    many = 1_000
+
+    @pytest.fixture
+    def new_location(self, registry, url):
+        place = registry.location(url)
+        numbers = itertools.count()
+        yield lambda: place.child(str(next(numbers)))
+        place.delete()
+
+    @pytest.fixture
+    def backend(self, registry):
+        return registry.storage("ocdbt")

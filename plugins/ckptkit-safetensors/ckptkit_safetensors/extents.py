@@ -34,16 +34,19 @@ _MAX_ROW_NBYTES: Final = 16 << 10
 
 def flat(data: npt.NDArray[Any]) -> Bytes:
     """The bytes of a C-contiguous array; those of bool stay bool, so that one knows to check them."""
-    return data.reshape(-1) if data.dtype == bool else data.reshape(-1).view(np.uint8)
+    return data.reshape(-1) if data.dtype.kind == "b" else data.reshape(-1).view(np.uint8)
 
 
-def extents(offset: int, shape: Sequence[int], index: Index, data: npt.NDArray[Any]) -> Iterator[Extent]:
+def extents(offset: int, shape: tuple[int, ...], index: Index, data: npt.NDArray[Any]) -> Iterable[Extent]:
     """The runs of a part of an array that begins at `offset` in the file; `data` is the memory of the part, C-contiguous."""
+    if data.shape == shape and 0 < data.nbytes <= _CALL_NBYTES:  # most arrays, of which there may be many
+        return ((offset, flat(data)),)
+    return _cut_runs(offset, shape, index, data)
+
+
+def _cut_runs(offset: int, shape: Sequence[int], index: Index, data: npt.NDArray[Any]) -> Iterator[Extent]:
     starts, nbytes = _runs(shape, data.dtype.itemsize, index)
     memory = flat(data)
-    if len(starts) == 1 and nbytes <= _CALL_NBYTES:
-        yield offset + starts[0], memory
-        return
     for i, start in enumerate(starts):
         for at in range(0, nbytes, _CALL_NBYTES):
             yield offset + start + at, memory[i * nbytes + at : i * nbytes + min(at + _CALL_NBYTES, nbytes)]
@@ -66,8 +69,10 @@ def _runs(shape: Sequence[int], itemsize: int, index: Index) -> tuple[list[int],
     return (starts if nbytes else []), nbytes
 
 
-def row_axis(shape: Sequence[int], itemsize: int, lengths: Sequence[int]) -> int:
+def row_axis(shape: tuple[int, ...], itemsize: int, lengths: tuple[int, ...]) -> int:
     """The axis from which on parts of these lengths move as whole rows; the array's rank where their runs are long enough."""
+    if lengths == shape:
+        return len(shape)
     first, nbytes = len(shape), itemsize
     for axis in reversed(range(len(shape))):
         if lengths[axis] != shape[axis]:
@@ -122,31 +127,35 @@ def move(operation: Callable[[int, list[Any], int], int], descriptor: int, task:
     Returns:
       the offset from which on nothing came, where the file ends too early; else None.
     """
-    for offset, buffers in _calls(task):
-        at = offset
-        while buffers:
-            count = operation(descriptor, buffers, at)
+    for at, size, buffers in _calls(task):
+        while (count := operation(descriptor, buffers, at)) < size:
             if not count:
                 return at
-            at += count
-            while buffers and count >= buffers[0].size:
-                count -= buffers.pop(0).size
-            if count:
-                buffers[0] = buffers[0][count:]
+            at, size, buffers = at + count, size - count, _rest(buffers, count)  # noqa: PLW2901 - the same call goes on
     return None
 
 
-def _calls(task: Iterable[Extent]) -> Iterator[tuple[int, list[Bytes]]]:
-    """Offset and memory of each call."""
+def _rest(buffers: Sequence[Bytes], count: int) -> list[Bytes]:
+    """What is left of buffers of which so many bytes have moved."""
+    left = []
+    for buffer in buffers:
+        if count < buffer.size:
+            left.append(buffer[count:])
+        count = max(0, count - buffer.size)
+    return left
+
+
+def _calls(task: Iterable[Extent]) -> Iterator[tuple[int, int, list[Bytes]]]:
+    """Offset, size and memory of each call."""
     start = end = -1
     call: list[Bytes] = []
     for offset, memory in task:
         if call and (offset != end or end - start + memory.size > _CALL_NBYTES or len(call) == _CALL_BUFFERS):
-            yield start, call
+            yield start, end - start, call
             call = []
         if not call:
             start = end = offset
         call.append(memory)
         end += memory.size
     if call:
-        yield start, call
+        yield start, end - start, call

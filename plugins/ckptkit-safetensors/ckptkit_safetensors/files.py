@@ -34,11 +34,13 @@ class Place(NamedTuple):
       array: the array.
       path: of its file.
       offset: the byte at which it begins there.
+      exact: as in `Tensor`.
     """
 
     array: ArraySpec
     path: str
     offset: int
+    exact: bool = True
 
 
 def is_data_file(name: str) -> bool:
@@ -164,7 +166,7 @@ def _tensors(path: str, directory: str | None) -> dict[str, Place]:
                 f"{path}: not a safetensors file: a header of {length} bytes does not fit into its {size} bytes."
             )
         header = parse(_read(descriptor, LENGTH_NBYTES, _checked_size(length, MAX_NBYTES, path)), size - start, path)
-    return {name: Place(array, path, start + offset) for name, (array, offset) in header.items()}
+    return {name: Place(array, path, start + offset, exact) for name, (array, offset, exact) in header.items()}
 
 
 @contextlib.contextmanager

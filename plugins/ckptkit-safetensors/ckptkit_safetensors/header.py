@@ -58,10 +58,17 @@ WORDS: Final[Mapping[np.dtype[Any], str]] = {dtype: word for word, dtype in DTYP
 
 
 class Tensor(NamedTuple):
-    """An array, and where its bytes begin, counted from the end of the header."""
+    """An array in a file.
+
+    Attributes:
+      array: the array.
+      start: where its bytes begin, counted from the end of the header.
+      exact: whether true is always the byte 1, as numpy has it; other programs may write it as any byte but 0.
+    """
 
     array: ArraySpec
     start: int
+    exact: bool = False
 
 
 def order(arrays: Sequence[ArraySpec]) -> list[ArraySpec]:
@@ -78,13 +85,13 @@ def encode(arrays: Sequence[ArraySpec]) -> tuple[bytes, dict[str, Tensor], int]:
     Raises:
       errors.ArgsError: the header would be larger than the library reads.
     """
-    chunks = {array.name: array.chunk_shape for array in arrays if array.chunk_shape != _one_chunk(array.shape)}
-    document: dict[str, Any] = {METADATA_KEY: {"format": "pt", **({_CHUNKS_KEY: _dump(chunks)} if chunks else {})}}
+    chunks = {a.name: a.chunk_shape for a in arrays if a.chunk_shape != a.shape and a.chunk_shape != _one_chunk(a.shape)}
+    document: dict[str, Any] = {METADATA_KEY: {"format": "pt", _CHUNKS_KEY: _dump(chunks)}}
     tensors, start = {}, 0
     for array in arrays:
         stop = start + array.nbytes
         document[array.name] = {"dtype": WORDS[array.dtype], "shape": array.shape, "data_offsets": (start, stop)}
-        tensors[array.name] = Tensor(array, start)
+        tensors[array.name] = Tensor(array, start, exact=True)
         start = stop
     text = _dump(document).encode()
     text += b" " * (-(LENGTH_NBYTES + len(text)) % _ALIGNMENT)
@@ -116,9 +123,9 @@ def parse(text: bytes, size: int, where: str) -> Mapping[str, Tensor]:
     metadata = document.pop(METADATA_KEY, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise errors.FormatError(f"{where}: {METADATA_KEY} is {_shown(metadata)}, expected an object of texts.")
-    found = {name: _tensor(name, entry, where) for name, entry in document.items()}
+    found = {name: _tensor(name, entry, _CHUNKS_KEY in metadata, where) for name, entry in document.items()}
     _check_places(found, size, where)
-    return _with_chunks(found, metadata.get(_CHUNKS_KEY), where)
+    return _with_chunks(found, metadata.get(_CHUNKS_KEY, "{}"), where)
 
 
 def _load(text: bytes, where: str) -> Any:
@@ -137,7 +144,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return document
 
 
-def _tensor(name: str, entry: Any, where: str) -> Tensor:
+def _tensor(name: str, entry: Any, exact: bool, where: str) -> Tensor:  # noqa: FBT001 - never called with a bare True
     """An entry, with the whole array as its one chunk."""
     try:
         word, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -155,13 +162,13 @@ def _tensor(name: str, entry: Any, where: str) -> Tensor:
     array = ArraySpec(name, tuple(shape), dtype, cell)
     if type(start) is not int or type(stop) is not int or not 0 <= start <= stop or stop - start != array.nbytes:
         raise _malformed(name, entry, f"data_offsets that are {array.nbytes} bytes apart", where)
-    return Tensor(array, start)
+    return Tensor(array, start, exact)
 
 
 def _check_places(tensors: Mapping[str, Tensor], size: int, where: str) -> None:
     """The arrays follow on each other, from the end of the header to the end of the file."""
     end = 0
-    for array, start in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.array.nbytes)):
+    for array, start, _ in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.array.nbytes)):
         if start != end:
             what = "overlaps another one" if start < end else f"leaves {start - end} bytes before it unused"
             raise errors.FormatError(
@@ -173,9 +180,9 @@ def _check_places(tensors: Mapping[str, Tensor], size: int, where: str) -> None:
         raise errors.FormatError(f"{where}: the header describes {end} bytes of data, but {size} are in the file: {cut}.")
 
 
-def _with_chunks(tensors: dict[str, Tensor], text: str | None, where: str) -> Mapping[str, Tensor]:
+def _with_chunks(tensors: dict[str, Tensor], text: str, where: str) -> Mapping[str, Tensor]:
     """The arrays with the chunks that `encode` recorded."""
-    recorded = {} if text is None else _load(text.encode(errors="replace"), where)
+    recorded = _load(text.encode(errors="replace"), where)
     if not isinstance(recorded, dict):
         raise errors.FormatError(f"{where}: {_CHUNKS_KEY} is {_shown(recorded)}, expected an object.")
     for name, shape in recorded.items():
@@ -188,7 +195,7 @@ def _with_chunks(tensors: dict[str, Tensor], text: str | None, where: str) -> Ma
             raise errors.FormatError(
                 f"{where}: array {name[:100]!r} has {chunk_count(array)} chunks, more than are ever written."
             )
-        tensors[name] = Tensor(array, tensor.start)
+        tensors[name] = tensor._replace(array=array)
     return tensors
 
 

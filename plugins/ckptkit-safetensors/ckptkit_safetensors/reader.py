@@ -69,6 +69,8 @@ class SafetensorsReader(PartialReader):
         for name, index, out in requests:
             if (place := listed.get(name)) is None:
                 raise errors.NotFoundError(errno.ENOENT, f"there is no array {name!r} here", self._path)
+            if place.exact and out.dtype == bool:
+                out = out.view(np.uint8)  # noqa: PLW2901 - the bytes as they are, for whoever checks them
             shape = place.array.shape
             axis = row_axis(shape, out.dtype.itemsize, out.shape)
             if axis == len(shape):
@@ -100,8 +102,7 @@ def _read(path: str, task: Sequence[Extent]) -> None:
 
 def _read_rows(place: Place, index: Index, rows: Index, out: Array) -> None:
     """Fills `out` with the part at `index`, which is too scattered to read without the `rows` that it lies in."""
-    array = place.array
-    for part in cut(rows, array.dtype.itemsize * math.prod(stop - start for start, stop in rows)):
-        memory = np.empty([stop - start for start, stop in part], array.dtype)
-        _read(place.path, list(extents(place.offset, array.shape, part, memory)))
+    for part in cut(rows, out.dtype.itemsize * math.prod(stop - start for start, stop in rows)):
+        memory = np.empty([stop - start for start, stop in part], out.dtype)
+        _read(place.path, list(extents(place.offset, place.array.shape, part, memory)))
         out[inside(index, part)] = memory[inside(part, index)]

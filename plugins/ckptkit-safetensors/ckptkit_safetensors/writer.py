@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 
 import numpy as np
@@ -30,8 +30,7 @@ class SafetensorsWriter(Writer):
         self._directory = directory
         self._files = dict(zip(file_names(len(parts)), parts, strict=True))
         self._places: dict[str, Place] = {}
-        for name, part in self._files.items():
-            self._create(os.path.join(directory, name), part)
+        self._heads = {name: self._create(os.path.join(directory, name), part) for name, part in self._files.items()}
         self._pool = Workers(min(4, os.cpu_count() or 1), "ckptkit-write-safetensors")
         self._rows = threading.Lock()
         self._writing: list[Future[None]] = []
@@ -43,7 +42,7 @@ class SafetensorsWriter(Writer):
         for chunk in chunks:
             place, array = self._places[chunk.array.name], chunk.array
             # As for every chunk of this array: no two ways of writing may meet in a row.
-            axis = row_axis(array.shape, array.dtype.itemsize, list(map(min, array.chunk_shape, array.shape)))
+            axis = row_axis(array.shape, array.dtype.itemsize, tuple(map(min, array.chunk_shape, array.shape)))
             if axis == len(array.shape):
                 direct.setdefault(place.path, []).extend(extents(place.offset, array.shape, chunk.index, chunk.data))
             elif chunk.data.size:
@@ -62,14 +61,18 @@ class SafetensorsWriter(Writer):
             with mapped_os_errors(path, "write"), open(path, "xb") as file:
                 file.write(encode_index(self._files))
 
+    def data_files(self) -> Mapping[str, int]:
+        return self._heads
+
     def abort(self) -> None:
         self._pool.close(cancel=True)
 
-    def _create(self, path: str, arrays: Sequence[ArraySpec]) -> None:
-        """A file with its header, as long as it will be."""
+    def _create(self, path: str, arrays: Sequence[ArraySpec]) -> int:
+        """A file with its header, as long as it will be; returns the length of the header in bytes."""
         header, tensors, nbytes = encode(arrays)
         _make(path, header, len(header) + nbytes)
-        self._places |= {name: Place(array, path, len(header) + start) for name, (array, start) in tensors.items()}
+        self._places |= {name: Place(array, path, len(header) + start) for name, (array, start, _) in tensors.items()}
+        return len(header)
 
     def _raise_what_failed(self) -> None:
         for part in self._writing:

@@ -128,5 +128,5 @@ def test_what_is_taken_the_library_takes_too(edits, tail):
     judged = dict(safetensors.deserialize(bytes(data)))
     assert {name: list(tensor.array.shape) for name, tensor in found.items()} == {name: t["shape"] for name, t in judged.items()}
     start = len(data) - 6
-    for name, (array, offset) in found.items():
+    for name, (array, offset, _) in found.items():
         assert bytes(data[start + offset : start + offset + array.nbytes]) == bytes(judged[name]["data"])
