@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from faults import fail_at
 from jax.sharding import NamedSharding, PartitionSpec
 
 import ckptkit
@@ -356,8 +357,6 @@ def struck(directory: Path, plan: Any) -> Any:
 
 
 def _faulty_save(path: Path, plan: Any, stage: str, action: str, victim: int, primary: int = 0) -> dict[str, Any]:
-    from faults import fail_at
-
     options = MultiprocessingOptions(timeout_secs=3, primary_host=primary)
     with standard(multiprocessing_options=options) as checkpointer:
         checkpointer.save(path, {"a": arrays()["rows"], "step": 1})
@@ -474,6 +473,36 @@ def preempted(directory: Path, plan: Any) -> Any:
                 return [step, checkpointer.restore(directory / "preempted")["step"]]
         time.sleep(0.05)
     return None
+
+
+def saves_over_struck(directory: Path, plan: Any) -> Any:
+    """Saves to the path of a save in which a process was killed: the step before, the one after, and what lies beside them."""
+    path = directory / "struck_checkpoint"
+    with standard() as checkpointer:
+        before = checkpointer.restore(path)["step"]
+        checkpointer.save(path, {"a": arrays()["rows"], "step": 9}, force=True)
+        checkpointer.wait_until_finished()
+        after = checkpointer.restore(path)
+    bad = wrong({**arrays(), "rows": after["a"]})
+    return {"steps": [before, after["step"]], "wrong": bad, "left": sorted(p.name for p in directory.glob("struck_checkpoint.*"))}
+
+
+def rejoined(directory: Path, plan: Any) -> Any:
+    """Process 1 dies in the middle of a save; one that is started in its place saves with process 0 again."""
+    path = directory / "rejoined"
+    if not (directory / "struck").exists():
+        saved(path, {"step": 1})
+        if plan["rank"] == 1:
+            fail_at("part", "kill", directory)
+        try:
+            saved(path, {"step": 2}, force=True)
+        except errors.TimeoutError:
+            (directory / "gave_up_0").touch()
+        while not (directory / "back").exists():
+            time.sleep(0.05)
+    (directory / "back").touch()
+    saved(path, {"step": 3}, force=True, multiprocessing_options=MultiprocessingOptions(timeout_secs=20))
+    return step_there(directory, {"path": "rejoined"})
 
 
 def survives(directory: Path, plan: Any) -> Any:
