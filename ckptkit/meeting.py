@@ -66,8 +66,13 @@ class Meeting:
         if self._store is not None:
             threading.Thread(target=self._live, name="ckptkit-alive", daemon=True).start()
 
-    def gather(self, point: str, brought: bytes = b"") -> Mapping[int, bytes] | None:
+    def gather(self, point: str, brought: bytes = b"", of: Sequence[int] | None = None) -> Mapping[int, bytes] | None:
         """What every process brought, by its index, on the primary, once all have come; None on others, which do not wait.
+
+        Args:
+          point: names what they meet for.
+          brought: by this process.
+          of: the only ones, beside the primary, that come to this point; None for all.
 
         Raises:
           errors.TimeoutError: names those that did not come, nor gave a sign of life.
@@ -82,7 +87,7 @@ class Meeting:
         watch = _Watch(self._beats, self.timeout_secs)
         for pause in _pauses():
             found |= self._listed(point)
-            missing = [process for process in self.job.processes if process not in found]
+            missing = [process for process in of or self.job.processes if process not in found]
             if not missing:
                 return found
             self.raise_failure()
@@ -105,8 +110,16 @@ class Meeting:
             self.raise_failure()
             self._raise_lost(watch.lost([self.job.primary]), point)
 
-    def agree(self, point: str, facts: Mapping[str, Any]) -> None:
+    def agree(
+        self, point: str, facts: Mapping[str, Any], explain: Callable[[int, Mapping[str, Any]], str | None] | None = None
+    ) -> None:
         """Compares what each process says, by name; the primary raises, and others hear of it at their next `hear`.
+
+        Args:
+          point: names what they meet for.
+          facts: what this process says.
+          explain: called on the primary with a process that says something else, and with what it says; may add a line to the
+            message.
 
         Raises:
           errors.ProcessError: names what differs, and on which processes.
@@ -118,6 +131,9 @@ class Meeting:
         differing = [name for name in facts if any(each.get(name) != facts[name] for each in said.values())]
         if differing:
             lines = [f"{name}: {by_value({p: each.get(name) for p, each in said.items()})}" for name in differing]
+            other = min(process for process, each in said.items() if each != facts)
+            if explain is not None and (line := explain(other, said[other])) is not None:
+                lines.append(line)
             raise errors.ProcessError(
                 f"the processes of the job do not save the same, so nothing was saved:{errors.listing(lines)}\nEvery process "
                 "must call save with the same path, and a tree of the same kind."

@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import ckptkit
 from ckptkit import args as ckpt_args
 from ckptkit import errors
+from ckptkit._coordination import Store
 from ckptkit.file_list import read_file_list
 from ckptkit.location import FileLocation
 from ckptkit.options import MultiprocessingOptions
@@ -237,6 +238,42 @@ def other_tree(directory: Path, plan: Any) -> Any:
 
 def other_shape(directory: Path, plan: Any) -> Any:
     return raised(directory, "other_shape", lambda path: saved(path, {"a": np.ones(2 + plan["rank"])}))
+
+
+def differences(directory: Path, plan: Any) -> Any:
+    """What processes are told that save trees which differ in one place, and how many bytes they tell each other for it."""
+    host, many = {"a": np.ones(2), "b": {"c": np.ones((3, 4)), "d": 1}}, {f"leaf{i:05}": i for i in range(20_000)}
+    long = {f"leaf{i:03}": placed(np.ones(8, np.float32), shardings()["rows"]) for i in range(70)}
+    others = {
+        "missing there": (host, {"a": np.ones(2), "b": {"d": 1}}),
+        "missing here": ({"b": host["b"]}, host),
+        "shape": (host, {**host, "b": {**host["b"], "c": np.ones((3, 5))}}),
+        "dtype": (host, {**host, "a": np.ones(2, np.int16)}),
+        "kind": (host, {**host, "b": {**host["b"], "d": {}}}),
+        "late": (many, {**many, "leaf17654": np.ones(1)}),
+        "one more": (many, {**many, "z": 1}),
+        "sharding": (long, {**long, "leaf069": placed(np.ones(8, np.float32), shardings()["replicated"])}),
+    }
+    found = {}
+    for name, items in others.items():
+        before = _told_so_far()
+        try:
+            saved(directory / "differences", items[min(plan["rank"], 1)])
+        except errors.ProcessError as error:
+            found[name] = [str(error), _told_so_far() - before]
+    return found
+
+
+_told_bytes: list[int] = []
+
+
+def _told_so_far() -> int:
+    """Bytes that this process has told others, since it first asked."""
+    if not _told_bytes:
+        tell = Store.set
+        Store.set = lambda self, key, value: (_told_bytes.append(len(value)), tell(self, key, value))
+        _told_bytes.append(0)
+    return sum(_told_bytes)
 
 
 def other_path(directory: Path, plan: Any) -> Any:
