@@ -211,10 +211,7 @@ class Checkpointer:
             begin = Beginning(meet, registry, location, force=force, mode=self._file_options.path_permission_mode, facts=facts)
             ending: Beginning | Saving = begin  # whoever ends the save if this call does not
             deferred = (
-                self._deferring
-                and not meet.job.others  # which make it together
-                and location.local_path is not None
-                and isinstance(handler, DeferredPathAsyncCheckpointHandler)
+                self._deferring and location.local_path is not None and isinstance(handler, DeferredPathAsyncCheckpointHandler)
             )
             try:
                 tracker = reports.Tracker("save", location.url, self._notifier.progress)
