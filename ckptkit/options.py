@@ -68,7 +68,7 @@ class AsyncOptions:
       barrier_sync_fn: unused in a single process; kept so that code written for Orbax runs.
       post_finalization_callback: called with no arguments in the background after each commit.
       create_directories_asynchronously: the directory is made in the background, for handlers that take one that is not there
-        yet, and several processes meet there; what goes wrong with it (another writer, no permission, other processes that save to
+        yet, and several processes meet there; what goes wrong with it (another writer, no permission, a process that saves to
         another path) is then an error of the background too.
     """
 
