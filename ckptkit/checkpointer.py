@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +19,7 @@ from ckptkit.location import Location
 from ckptkit.metadata.json import checked_custom
 from ckptkit.metadata.step import StepMetadata
 from ckptkit.options import FileOptions, MultiprocessingOptions
-from ckptkit.processes import job_of
+from ckptkit.processes import Job, job_of
 from ckptkit.registry import Registry
 from ckptkit.saving import Beginning, Saving, checked_futures
 
@@ -112,12 +113,13 @@ class Checkpointer:
           errors.IncompleteError: a save that never finished.
           errors.TargetError: lists every disagreement between checkpoint and target.
           errors.CorruptCheckpointError: bytes differ from what was written.
+          errors.ProcessError: with `MultiprocessingOptions(single_reader=True)`, other processes restore something else.
         """
         self._check_open()
         start = time.monotonic()
         registry = discovery.ready(self._registry)
         for attempt in choosing.attempts(registry, directory):
-            with attempt as location:
+            with attempt as location, self._reading_together():
                 tracker = reports.Tracker("restore", location.url, self._notifier.progress)
                 handler = self._handler
                 try:
@@ -229,6 +231,12 @@ class Checkpointer:
                 raise
             saving.blocking_secs = time.monotonic() - start
             return saving
+
+    def _reading_together(self) -> contextlib.AbstractContextManager[None]:
+        """A meeting with those who read for each other, if any do."""
+        options = self._processes
+        job = job_of(options) if options.single_reader else Job()
+        return meeting.restoring(job, options.barrier_sync_key_prefix, options.timeout_secs)
 
     def _get_ready(self) -> None:
         """What must have ended before the next save begins."""

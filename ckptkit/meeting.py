@@ -1,4 +1,4 @@
-"""Where the processes of a job meet while they save together, on the key-value store of JAX's coordination service.
+"""Where the processes of a job meet while they save or restore together, on the key-value store of JAX's coordination service.
 
 No device takes part, so that a save in the background disturbs no training step. At each point of a save every process brings
 something (`gather`), and the primary tells what came of it (`tell`, `hear`). Keys lie below one prefix per save, which the
@@ -35,7 +35,7 @@ from ckptkit._coordination import Store
 from ckptkit._telling import by_value, decoded, encoded, named
 from ckptkit.processes import Job, coordination_client
 
-__all__ = ["Meeting", "attending", "convene", "convened", "current_meeting", "on_primary"]
+__all__ = ["Meeting", "attending", "convene", "convened", "current_meeting", "on_primary", "restoring"]
 
 _FIRST_PAUSE_SECS: Final = 0.001
 _LAST_PAUSE_SECS: Final = 0.1
@@ -47,18 +47,20 @@ _ENDING_SECS: Final = 10.0
 
 
 class Meeting:
-    """One save of several processes; of a single one, where nothing is sent or awaited."""
+    """One save or restore of several processes; of a single one, where nothing is sent or awaited."""
 
-    def __init__(self, job: Job | None = None, prefix: str = "", timeout_secs: float = 60) -> None:
+    def __init__(self, job: Job | None = None, prefix: str = "", timeout_secs: float = 60, doing: str = "save") -> None:
         """Begins to give signs of life, until `end`.
 
         Args:
           job: who takes part; None for one process.
           prefix: of this save's keys.
           timeout_secs: after so long without a sign of life a process counts as lost.
+          doing: 'save' or 'restore', for messages.
         """
         self.job = job or Job()
         self.timeout_secs = timeout_secs
+        self._doing = doing
         self._prefix = prefix
         self._store = Store(coordination_client()) if self.job.others else None
         self._failed = False  # it was told to others, or heard from them
@@ -135,8 +137,8 @@ class Meeting:
             if explain is not None and (line := explain(other, said[other])) is not None:
                 lines.append(line)
             raise errors.ProcessError(
-                f"the processes of the job do not save the same, so nothing was saved:{errors.listing(lines)}\nEvery process "
-                "must call save with the same path, and a tree of the same kind."
+                f"the processes of the job do not {self._doing} the same, so nothing was {self._doing}d:{errors.listing(lines)}\n"
+                f"Every process must call {self._doing} with the same path, and a tree of the same kind."
             )
 
     def wait(self, writing: Sequence[futures.Future[Any]]) -> None:
@@ -235,10 +237,10 @@ class Meeting:
     def _raise_lost(self, lost: Sequence[int], point: str) -> None:
         if lost:
             error = errors.TimeoutError(
-                f"{named(lost)} of {self.job.process_count} did not come to the point {point.partition('-')[0]!r} of the save, "
-                f"and gave no sign of life for {self.timeout_secs:g} s: killed, stopped, or not calling save. Process "
-                f"{self.job.process_index} gave up, and no checkpoint was made. MultiprocessingOptions(timeout_secs=...) waits "
-                "longer."
+                f"{named(lost)} of {self.job.process_count} did not come to the point {point.partition('-')[0]!r} of the "
+                f"{self._doing}, and gave no sign of life for {self.timeout_secs:g} s: killed, stopped, or not calling "
+                f"{self._doing}. Process {self.job.process_index} gave up, and nothing was {self._doing}d. "
+                "MultiprocessingOptions(timeout_secs=...) waits longer."
             )
             error.missing = tuple(lost)
             raise error
@@ -296,9 +298,9 @@ _lock = threading.Lock()
 
 
 @contextlib.contextmanager
-def convened(job: Job, key_prefix: str | None, timeout_secs: float) -> Iterator[Meeting]:
+def convened(job: Job, key_prefix: str | None, timeout_secs: float, doing: str = "save") -> Iterator[Meeting]:
     """As `convene`; where the body raises, the others are told."""
-    meeting = convene(job, key_prefix, timeout_secs)
+    meeting = convene(job, key_prefix, timeout_secs, doing)
     try:
         yield meeting
     except BaseException as error:
@@ -307,8 +309,18 @@ def convened(job: Job, key_prefix: str | None, timeout_secs: float) -> Iterator[
         raise
 
 
-def convene(job: Job, key_prefix: str | None, timeout_secs: float) -> Meeting:
-    """The meeting for this process's next save: the n-th call of one process meets the n-th of the others.
+@contextlib.contextmanager
+def restoring(job: Job, key_prefix: str | None, timeout_secs: float) -> Iterator[None]:
+    """A meeting of a restore, as `convene` makes it, from beginning to end."""
+    with convened(job, key_prefix, timeout_secs, "restore") as meeting, attending(meeting):
+        if meeting.job.is_primary:
+            meeting.tidy()
+        yield
+        meeting.end()
+
+
+def convene(job: Job, key_prefix: str | None, timeout_secs: float, doing: str = "save") -> Meeting:
+    """The meeting for this process's next save or restore: the n-th call of one process meets the n-th of the others.
 
     A process that was given up, or started again, joins the save that the primary is at.
 
@@ -316,6 +328,7 @@ def convene(job: Job, key_prefix: str | None, timeout_secs: float) -> Meeting:
       job: who takes part.
       key_prefix: tells apart what several threads save at once.
       timeout_secs: as for `Meeting`.
+      doing: the same.
     """
     if not job.others:
         return Meeting(job)
@@ -334,7 +347,7 @@ def convene(job: Job, key_prefix: str | None, timeout_secs: float) -> Meeting:
             line.kept.append(line.number)
         else:
             line.number = _joined(store, root, line.number, job.process_index)
-        return Meeting(job, f"{root}/{line.number}", timeout_secs)
+        return Meeting(job, f"{root}/{line.number}", timeout_secs, doing)
 
 
 def _now(store: Store, root: str) -> tuple[int, bool]:

@@ -80,7 +80,7 @@ class AsyncOptions:
 
 @attrs.frozen(kw_only=True)
 class MultiprocessingOptions:
-    """Which processes of the job take part in a save.
+    """Which processes of the job take part in a save, and whether they help each other to restore.
 
     Attributes:
       primary_host: index of the process that writes metadata and commits; None where every process saves to a disk of its own.
@@ -89,6 +89,8 @@ class MultiprocessingOptions:
         once, one each.
       timeout_secs: after so long without a sign of life from a process, the others give up the save. Below the 100 s after which
         JAX itself ends a job that lost a process (`jax.distributed.initialize(heartbeat_timeout_seconds=)`).
+      single_reader: on restore, what several processes need is read by the first of them, and passed on over the devices; all of
+        them must restore at the same time, into the same target. False: each reads all that it needs, by itself.
     """
 
     primary_host: int | None = attrs.field(
@@ -97,6 +99,7 @@ class MultiprocessingOptions:
     active_processes: frozenset[int] | None = attrs.field(default=None, converter=_processes, validator=_some_processes)
     barrier_sync_key_prefix: str | None = attrs.field(default=None, validator=validator(optional(text)))
     timeout_secs: float = attrs.field(default=60, validator=validator(positive))
+    single_reader: bool = attrs.field(default=False, validator=validator(flag))
 
 
 @attrs.frozen(kw_only=True)

@@ -18,7 +18,7 @@ import numpy as np
 from ckptkit import errors
 from ckptkit.grid import Array, ArraySpec, Index, chunk_indices, fit_chunk_shape, index_nbytes, index_shape
 from ckptkit.leaves._requests import Wanted, clip, fit, resolve
-from ckptkit.leaves._shares import Shares, holding_processes
+from ckptkit.leaves._shares import Shares, holders, holding_processes
 from ckptkit.leaves.base import ArrayRestoreArgs, Leaf, LeafSpec, Problem, RestoreArgs, SaveArgs, TypeHandler
 from ckptkit.metadata.sharding import ShardingMetadata, encode_sharding, to_jax
 from ckptkit.metadata.values import ArrayMetadata
@@ -156,6 +156,18 @@ class JaxArrayHandler(TypeHandler[jax.Array]):
     def needs(self, specs: Sequence[LeafSpec], requests: Sequence[RestoreArgs], job: Job) -> Sequence[Sequence[Index] | Problem]:
         goals = _goals(specs, requests)
         return [goal if isinstance(goal, Problem) else goal.needs for goal in goals]
+
+    def sharers(
+        self, specs: Sequence[LeafSpec], requests: Sequence[RestoreArgs], job: Job
+    ) -> Sequence[Mapping[Index, tuple[int, ...]]]:
+        goals = _goals(specs, requests)  # leaves of which everything is alike share one
+        known: dict[int, Mapping[Index, tuple[int, ...]]] = {}
+        shared = []
+        for spec, goal in zip(specs, goals, strict=True):
+            if id(goal) not in known:
+                known[id(goal)] = {} if isinstance(goal, Problem) else _sharers(goal, _stored_array(spec).shape, job)
+            shared.append(known[id(goal)])
+        return shared
 
     def assemble(
         self, specs: Sequence[LeafSpec], requests: Sequence[RestoreArgs], parts: Sequence[Mapping[Index, Array]]
@@ -424,6 +436,14 @@ def _local_needs(sharding: jax.sharding.Sharding, shape: tuple[int, ...], stored
     """The parts of the stored array for each of this process's devices, each once."""
     held = sharding.addressable_devices_indices_map(shape).values()
     return tuple(dict.fromkeys(clip(_bounds(slices, shape), stored) for slices in held))
+
+
+def _sharers(goal: _Goal, stored: tuple[int, ...], job: Job) -> Mapping[Index, tuple[int, ...]]:
+    """The parts of the stored array that several processes of the job need, and which do."""
+    found: dict[Index, set[int]] = {}
+    for part, processes in holders(goal.sharding, goal.wanted.shape).items():
+        found.setdefault(clip(part, stored), set()).update(process for process in processes if process in job.processes)
+    return {part: tuple(sorted(processes)) for part, processes in found.items() if len(processes) > 1}
 
 
 def _assemble(spec: LeafSpec, goal: _Goal | Problem, parts: Mapping[Index, Array]) -> jax.Array:
