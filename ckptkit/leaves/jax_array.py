@@ -296,15 +296,24 @@ def _holder(value: jax.Array) -> Callable[[Index], tuple[jax.Array, tuple[slice,
     """A function from a cell of the grid to a local shard that holds it, and where it is in there."""
     if len(value.sharding.device_set) == 1:
         return lambda index: (value, _slices(index))
-    shards = [(_bounds(shard.index, value.shape), shard.data) for shard in value.addressable_shards]
+    bounds = _local_bounds(value.sharding, value.shape)
+    shards = {bounds[shard.device]: shard.data for shard in value.addressable_shards}
 
     def hold(index: Index) -> tuple[jax.Array, tuple[slice, ...]]:
-        for bounds, data in shards:
-            if all(a <= start and stop <= b for (a, b), (start, stop) in zip(bounds, index, strict=True)):
-                return data, _slices([(start - a, stop - a) for (a, _), (start, stop) in zip(bounds, index, strict=True)])
+        if (whole_shard := shards.get(index)) is not None:  # as a rule; to compare bounds takes as long as all the rest
+            return whole_shard, (slice(None),) * len(index)
+        for outer, data in shards.items():
+            if all(a <= start and stop <= b for (a, b), (start, stop) in zip(outer, index, strict=True)):
+                return data, _slices([(start - a, stop - a) for (a, _), (start, stop) in zip(outer, index, strict=True)])
         raise errors.TreeError(f"no local shard of a jax.Array holds {index}")
 
     return hold
+
+
+@functools.lru_cache(maxsize=256)
+def _local_bounds(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> Mapping[Any, Index]:
+    """The part of an array that each device of this process holds."""
+    return {device: _bounds(slices, shape) for device, slices in sharding.addressable_devices_indices_map(shape).items()}
 
 
 def _slices(index: Sequence[tuple[int, int]]) -> tuple[slice, ...]:
@@ -434,8 +443,7 @@ def _sharding(spec: LeafSpec, args: ArrayRestoreArgs | None, defaults: RestoreDe
 
 def _local_needs(sharding: jax.sharding.Sharding, shape: tuple[int, ...], stored: tuple[int, ...]) -> tuple[Index, ...]:
     """The parts of the stored array for each of this process's devices, each once."""
-    held = sharding.addressable_devices_indices_map(shape).values()
-    return tuple(dict.fromkeys(clip(_bounds(slices, shape), stored) for slices in held))
+    return tuple(dict.fromkeys(clip(bounds, stored) for bounds in _local_bounds(sharding, shape).values()))
 
 
 def _sharers(goal: _Goal, stored: tuple[int, ...], job: Job) -> Mapping[Index, tuple[int, ...]]:
