@@ -13,6 +13,7 @@ import contextlib
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any, Final
@@ -27,25 +28,39 @@ _EXIT_SECS: Final = 1200.0
 _LAST: Final = -1000  # among multiprocessing's finalizers: after those that flush queues
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)
 class UnderWay:
-    """A save to `path`; from `begin` to `end` the exit of this process waits for it."""
+    """A save to `path`; from `begin` to `end` the exit of this process waits for it, as long as the thread of it lives.
+
+    A thread that Ctrl-C led out of a save may not have come to `end`.
+    """
 
     path: str
+    _thread: threading.Thread = attrs.field(factory=threading.current_thread, init=False)
     _ended: threading.Event = attrs.field(factory=threading.Event, init=False)
 
     def begin(self) -> None:
-        """Whoever calls this has made sure that `end` will be called."""
+        """The save is that of this thread."""
         _under_way.add(self)
         _finish_in_child_process()
+
+    def hand_over(self, thread: threading.Thread) -> None:
+        """The save is that of `thread` now, which has started."""
+        self._thread = thread
 
     def end(self) -> None:
         """Nobody writes any more."""
         _under_way.discard(self)
         self._ended.set()
 
+    def goes_on(self) -> bool:
+        """Whether another thread may still be at it."""
+        return self._thread is not threading.current_thread() and self._thread.is_alive() and not self._ended.is_set()
+
     def wait(self, timeout_secs: float) -> None:
-        self._ended.wait(timeout_secs)
+        deadline = time.monotonic() + timeout_secs
+        while self.goes_on() and time.monotonic() < deadline:
+            self._ended.wait(0.1)
 
 
 unseen: dict[Any, BaseException] = {}
@@ -117,12 +132,13 @@ def _all_finished_and_seen() -> bool:
     with contextlib.suppress(BaseException):  # Ctrl-C, or what a handler of a signal raises: the user waits no longer
         for save in list(_under_way):
             save.wait(_EXIT_SECS)
-    for save in list(_under_way):
+    left = [save for save in _under_way if save.goes_on()]
+    for save in left:
         sys.stderr.write(f"ckptkit: the program ended before the save to {save.path} did; what was there is still there.\n")
     for error in unseen.values():
         sys.stderr.write("ckptkit: a save in the background failed, and the program ended without asking for it:\n")
         traceback.print_exception(error)
-    fine = not _under_way and not unseen
+    fine = not left and not unseen
     unseen.clear()
     return fine
 

@@ -83,6 +83,7 @@ class AsyncCheckpointer(Checkpointer):
                     self._thread = None
                     saving.abandon(error)
                 raise
+            saving.let_go()
         finally:
             self._saving.release()
 
@@ -158,8 +159,10 @@ class AsyncCheckpointer(Checkpointer):
             self._thread = threading.Thread(target=self._finish, args=(saving,), name="ckptkit-commit", daemon=False)
             with contextlib.suppress(RuntimeError):  # no more threads, or the interpreter is about to exit
                 self._thread.start()
+                saving.hand_over(self._thread)
                 return
         self._thread = threading.current_thread()
+        saving.let_go()
         try:
             self._finish(saving)
         finally:

@@ -19,9 +19,10 @@ from ckptkit.location import Location
 from ckptkit.metadata.json import checked_custom
 from ckptkit.metadata.step import StepMetadata
 from ckptkit.options import FileOptions, MultiprocessingOptions
+from ckptkit.pipeline import answers
 from ckptkit.processes import Job, job_of
 from ckptkit.registry import Registry
-from ckptkit.saving import Beginning, Saving, checked_futures
+from ckptkit.saving import Beginning, Saving
 
 __all__ = ["Checkpointer", "Path"]
 
@@ -98,6 +99,7 @@ class Checkpointer:
           errors.StorageError: the disk failed; what was there before is still there.
         """
         saving = self._start(directory, args, kwargs, force=force, custom_metadata=custom_metadata)
+        saving.let_go()
         saving.finish()
 
     def restore(self, directory: Path, *args: Any, **kwargs: Any) -> Any:
@@ -159,7 +161,8 @@ class Checkpointer:
                 listed = read_file_list(location)
                 if listed is not None:
                     listed.check(location, choosing.is_description)
-                step = attrs.evolve(choosing.step_metadata(location), has_checksums=listed is not None)
+                providers = {} if listed is None else listed.providers
+                step = attrs.evolve(choosing.step_metadata(location), has_checksums=listed is not None, providers=providers)
                 handler = self._handler or choosing.stored_handler(registry, location, self._registry)
                 try:
                     step = attrs.evolve(step, item_metadata=handler.metadata(location.path))
@@ -205,8 +208,13 @@ class Checkpointer:
             custom = checked_custom({} if custom_metadata is None else custom_metadata, "custom_metadata")
             registry = discovery.ready(self._registry)
             handler, save_args = self._save_handler(registry, args, kwargs)
+            answers.typestr(registry, handler)
+            recorded = handler.item_typestrs(save_args)
             step = StepMetadata(
-                item_handlers=handler.item_typestrs(save_args), init_timestamp_nsecs=time.time_ns(), custom_metadata=custom
+                item_handlers=recorded,
+                providers=choosing.providers(registry, recorded),
+                init_timestamp_nsecs=time.time_ns(),
+                custom_metadata=custom,
             )
             location = registry.location(directory)
             facts = {"handlers": step.item_handlers}
@@ -223,9 +231,12 @@ class Checkpointer:
                 with reports.tracking(tracker), meeting.attending(meet):
                     temporary: Any = begin.later() if deferred else begin().temporary.path
                     if isinstance(handler, AsyncCheckpointHandler):
-                        saving.writing = checked_futures(handler, run_coroutine(handler.async_save(temporary, args=save_args)))
+                        coroutine = answers.coroutine(registry, handler, handler.async_save(temporary, args=save_args))
+                        saving.writing = answers.futures(registry, handler, run_coroutine(coroutine))
                     else:
-                        meeting.on_primary(lambda: handler.save(temporary, args=save_args))
+                        meeting.on_primary(
+                            lambda: answers.synchronous(registry, handler, handler.save(temporary, args=save_args))
+                        )
             except BaseException as error:
                 ending.abandon(error)
                 raise

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from ckptkit import args as args_lib
 from ckptkit import commit, errors
-from ckptkit.handlers._stored import args_for_files, item_folders, recognised
+from ckptkit.handlers._stored import args_for_files, handler_class_for, item_folders
 from ckptkit.handlers.base import CheckpointHandler
 from ckptkit.index import INDEX_FILE
 from ckptkit.location import Location
@@ -16,6 +17,7 @@ from ckptkit.metadata.arrays import ARRAYS_DIRECTORY, STRINGS_FILE
 from ckptkit.metadata.sharding import SHARDING_FILE
 from ckptkit.metadata.step import STEP_FILE, StepMetadata, decode_step
 from ckptkit.metadata.tree import TREE_FILE
+from ckptkit.pipeline import answers
 from ckptkit.registry import Registry, Use
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "is_description",
     "make_handler",
     "one_args",
+    "providers",
     "step_metadata",
     "stored_handler",
 ]
@@ -92,7 +95,7 @@ def attempts(registry: Registry, path: str | os.PathLike[str]) -> Iterator[commi
 
 def _resolved(registry: Registry, location: Location) -> Location:
     """Where the checkpoint is to be read: see `commit.resolve`; or a single file that a storage backend recognises."""
-    if location.local_path is not None and os.path.isfile(location.local_path) and recognised(registry, location):
+    if location.local_path is not None and os.path.isfile(location.local_path) and answers.recognising(registry, location):
         return location
     return commit.resolve(location)
 
@@ -104,6 +107,16 @@ def step_metadata(location: Location) -> StepMetadata:
     return decode_step(location.read_bytes(STEP_FILE), f"{location.url}/{STEP_FILE}")
 
 
+def providers(registry: Registry, recorded: str | dict[str, str]) -> dict[str, str]:
+    """Who provides the handlers that a checkpoint records, by type string; nobody for one that is not registered."""
+    typestrs = {recorded} if isinstance(recorded, str) else set(recorded.values())
+    found: dict[str, str] = {}
+    for typestr in sorted(typestrs):
+        with contextlib.suppress(errors.RegistryError):
+            found[typestr] = registry.provider_of(typestr)
+    return found
+
+
 def stored_handler(registry: Registry, location: Location, own: Registry | None = None) -> CheckpointHandler:
     """The handler that a checkpoint asks for: by its recorded type string, else by the files that are there.
 
@@ -113,7 +126,7 @@ def stored_handler(registry: Registry, location: Location, own: Registry | None 
     """
     recorded = step_metadata(location).item_handlers
     if isinstance(recorded, str):
-        return make_handler(registry.handler_for_typestr(recorded), own)
+        return make_handler(handler_class_for(registry, location, recorded), own)
     if recorded:
         return make_handler(registry.handler_for_args(args_lib.Composite, use="restore"), own)
     if (args_class := args_for_files(location, registry)) is not None:

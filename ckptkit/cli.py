@@ -8,15 +8,16 @@ cannot be read; wrong arguments).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import attrs
 
-from ckptkit import commit, errors, progress
+from ckptkit import commit, errors, inspection, progress
 from ckptkit.hookspecs import hookimpl
 from ckptkit.reports import ProgressEvent
 from ckptkit.verification import verify
@@ -98,7 +99,78 @@ def _clean(command: argparse.ArgumentParser) -> Run:
     return run
 
 
-_COMMANDS: Final[Sequence[Callable[[argparse.ArgumentParser], Run]]] = (_verify, _clean)
+def _plugins(command: argparse.ArgumentParser) -> Run:
+    """Lists every plugin: who brought it, what it registered, and in full what kept it from loading.
+
+    Exit status: 0 where all are loaded, 1 where one failed to load.
+    """
+    command.add_argument("--json", action="store_true", help="print the list as JSON")
+
+    def run(options: argparse.Namespace) -> int:
+        with contextlib.redirect_stdout(sys.stderr):  # what a plugin prints while it is imported is no part of the list
+            found = inspection.plugins()
+        if options.json:
+            _print_json([attrs.asdict(plugin) for plugin in found])
+        else:
+            sys.stdout.write("".join(f"{line}\n" for plugin in found for line in _plugin_lines(plugin)))
+        return 1 if any(plugin.error for plugin in found) else 0
+
+    return run
+
+
+def _plugin_lines(plugin: inspection.PluginInfo) -> Iterator[str]:
+    entry_point = "built in" if plugin.entry_point is None else f"entry point {plugin.entry_point} = {plugin.module}"
+    yield f"{plugin.distribution} {plugin.version} ({entry_point}){': failed to load' if plugin.error else ''}"
+    for kind, names in plugin.registered.items():
+        yield f"  {kind}:"
+        yield from (f"    {name}  ({made_by})" for name, made_by in names.items())
+    if plugin.hooks:
+        yield f"  hooks: {', '.join(plugin.hooks)}"
+    yield from (f"  {line}" for line in (plugin.error or "").splitlines())
+
+
+def _info(command: argparse.ArgumentParser) -> Run:
+    """Says what a checkpoint holds, and which packages it takes to restore it. Reads no array and needs no device.
+
+    Exit status: 0 where everything that it needs is here, 2 where something is missing, or there is no checkpoint; 1 where what
+    describes it is damaged.
+    """
+    command.add_argument("path", help="a checkpoint")
+    command.add_argument("--json", action="store_true", help="print everything as JSON")
+
+    def run(options: argparse.Namespace) -> int:
+        with contextlib.redirect_stdout(sys.stderr):
+            found = inspection.info(options.path)
+        if options.json:
+            _print_json({**attrs.asdict(found), "missing": [need.name for need in found.missing]})
+        else:
+            sys.stdout.write("".join(f"{line}\n" for line in _info_lines(found)))
+        return 2 if found.missing else 0
+
+    return run
+
+
+def _info_lines(found: inspection.CheckpointInfo) -> Iterator[str]:
+    yield f"{found.path} ({'with' if found.has_checksums else 'without'} a list of checksums)"
+    for item in found.items:
+        indent = "  "
+        if item.name:
+            yield f"  item {item.name!r}"
+            indent = "    "
+        yield f"{indent}handler: {item.handler}{'' if item.recorded else ' (not recorded; its files tell)'}"
+        if item.storage is not None:
+            yield f"{indent}storage: {item.storage}"
+        if item.leaf_typestrs:
+            size = "unknown size" if item.byte_count is None else f"{item.byte_count} bytes"
+            counts = ", ".join(f"{count} {typestr}" for typestr, count in item.leaf_typestrs.items())
+            yield f"{indent}leaves: {counts} ({size})"
+    for need in found.needs:
+        written = f", written by {need.written_by}" if need.written_by else ""
+        state = f"here: {need.here}" if need.here else f"MISSING: {need.way_out}"
+        yield f"  needs {need.kind} {need.name!r}{written}; {state}"
+
+
+_COMMANDS: Final[Sequence[Callable[[argparse.ArgumentParser], Run]]] = (_verify, _clean, _plugins, _info)
 
 
 class _Lines:

@@ -56,7 +56,7 @@ def load(registry: Registry, entry_points: Iterable[importlib.metadata.EntryPoin
         if owner in known:
             continue
         try:
-            _load_plugin(registry, owner, point.load)
+            _load_plugin(registry, owner, functools.partial(_imported, point))
         except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a stranger's module raises, it is its own affair
             failure = PluginFailure(owner, error)
             registry.failures.append(failure)
@@ -73,6 +73,30 @@ def _owner_of(point: importlib.metadata.EntryPoint) -> Owner:
     if point.dist is None:
         return Owner(point.module, "a package without metadata", "", point.name)
     return Owner(point.module, point.dist.name, point.dist.version, point.name)
+
+
+def _imported(point: importlib.metadata.EntryPoint) -> Any:
+    """What an entry point names.
+
+    Raises:
+      errors.PluginError: its distribution declares that it needs another ckptkit; nothing was imported.
+    """
+    from packaging.requirements import InvalidRequirement, Requirement  # noqa: PLC0415 - 11 ms, for nothing without plugins
+    from packaging.utils import canonicalize_name  # noqa: PLC0415 - as above
+
+    for line in (point.dist.requires if point.dist is not None else None) or ():
+        try:
+            required = Requirement(line)
+        except InvalidRequirement:
+            continue
+        applies = required.marker is None or required.marker.evaluate({"extra": ""})
+        wanted = canonicalize_name(required.name) == hookspecs.PROJECT and applies
+        if wanted and not required.specifier.contains(__version__, prereleases=True):
+            raise errors.PluginError(
+                f"it is built for ckptkit{required.specifier}, and this is ckptkit {__version__}; install versions that fit: "
+                f"pip install --upgrade ckptkit {point.dist and point.dist.name}"
+            )
+    return point.load()
 
 
 def _load_plugin(registry: Registry, owner: Owner, import_it: Callable[[], Any]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 import attrs
 import xxhash
@@ -18,8 +18,10 @@ import xxhash
 from ckptkit import errors
 from ckptkit._marker import is_of_commits
 from ckptkit._threads import Workers
-from ckptkit.location import Location
+from ckptkit.location import Location, mapped_os_errors
 from ckptkit.metadata import json
+
+T = TypeVar("T")
 
 __all__ = ["FILE_LIST", "FileList", "Listed", "read_file_list", "write_file_list"]
 
@@ -27,6 +29,8 @@ FILE_LIST: Final = "ckptkit_files.json"
 
 _VERSION: Final = 1
 _ALGORITHM: Final = "xxh3_64"
+_LITTLE_NBYTES: Final = 4 << 20
+"""What is read in about the time that starting threads takes."""
 _SEAL: Final = re.compile(rb'\{"checksum": "([0-9a-f]{16})", ')
 
 
@@ -44,9 +48,15 @@ class Listed(NamedTuple):
 
 @attrs.frozen
 class FileList:
-    """The files of a checkpoint, by their paths below it."""
+    """What the list says.
+
+    Attributes:
+      files: the files of a checkpoint, by their paths below it.
+      providers: who provides the handlers that wrote it, by type string: 'distribution version', or 'module name'.
+    """
 
     files: Mapping[str, Listed]
+    providers: Mapping[str, str] = attrs.field(factory=dict)
 
     def check(self, location: Location, wanted: Callable[[str], bool]) -> None:
         """Reads the files that are `wanted`, by path.
@@ -90,34 +100,37 @@ class FileList:
             expected = f"{listed.size} bytes with checksum {listed.checksum}"
             return errors.CorruptCheckpointError(f"{found.size} bytes with checksum {found.checksum}, expected {expected}")
 
-        with _workers(files) as workers:
-            checking = {path: workers.submit(problem, path, listed) for path, listed in files.items()}
-            found = {path: future.result() for path, future in checking.items()}
+        little = location.local_path is not None and sum([listed.size for listed in files.values()]) <= _LITTLE_NBYTES
+        found = _each(lambda path: problem(path, files[path]), files, at_once=little)
         return {path: error for path, error in found.items() if error is not None}
 
 
-def write_file_list(location: Location, covered: Collection[str], late: Mapping[str, bytes]) -> None:
+def write_file_list(
+    location: Location, covered: Collection[str], late: Mapping[str, bytes], providers: Mapping[str, str]
+) -> None:
     """Lists what is in a directory.
 
     Args:
       location: of the checkpoint that is about to be committed.
       covered: URLs of directories whose files an index covers.
       late: files that are written after the list.
+      providers: who provides the handlers, by type string.
 
     Raises:
       errors.ArgsError: a handler wrote a file of the list's own name.
       errors.StorageError: a file cannot be read, or the list cannot be written.
     """
-    root = f"{location.url.rstrip('/')}/"
-    found = location.files({url.removeprefix(root) for url in covered})
+    url = f"{location.url.rstrip('/')}/"
+    found = location.files({each.removeprefix(url) for each in covered})
     paths = [path for path in found if not is_of_commits(path)]
     if FILE_LIST in paths:
         raise errors.ArgsError(f"{location.url}: a handler wrote {FILE_LIST!r}, the name of the checkpoint's list of files.")
-    with _workers(paths) as workers:
-        measuring = {path: workers.submit(_measured, location, path) for path in paths}
-        files = {path: future.result() for path, future in measuring.items()}
+    root = location.local_path
+    with mapped_os_errors(location.url, "list the files"):
+        little = root is not None and sum([os.path.getsize(os.path.join(root, path)) for path in paths]) <= _LITTLE_NBYTES
+    files = _each(lambda path: _measured(location, path), paths, at_once=little)
     files |= {name: Listed(len(data), xxhash.xxh3_64_hexdigest(data)) for name, data in late.items()}
-    location.write_bytes(FILE_LIST, _encode(files))
+    location.write_bytes(FILE_LIST, _encode(files, providers))
 
 
 def read_file_list(location: Location) -> FileList | None:
@@ -132,8 +145,13 @@ def read_file_list(location: Location) -> FileList | None:
     return _decode(location.read_bytes(FILE_LIST), f"{location.url}/{FILE_LIST}")
 
 
-def _workers(files: Collection[str]) -> Workers:
-    return Workers(max(1, min(4, os.cpu_count() or 1, len(files))), "ckptkit-files")
+def _each(function: Callable[[str], T], paths: Collection[str], *, at_once: bool) -> dict[str, T]:
+    """What a function returns for each path: by threads, or in this one, where starting them would take longer."""
+    if at_once:
+        return {path: function(path) for path in paths}
+    with Workers(max(1, min(4, os.cpu_count() or 1, len(paths))), "ckptkit-files") as workers:
+        pending = {path: workers.submit(function, path) for path in paths}
+        return {path: future.result() for path, future in pending.items()}
 
 
 def _measured(location: Location, path: str) -> Listed:
@@ -144,8 +162,8 @@ def _measured(location: Location, path: str) -> Listed:
     return Listed(size, checksum.hexdigest())
 
 
-def _encode(files: Mapping[str, Listed]) -> bytes:
-    body = json.dump_exact({"version": _VERSION, "algorithm": _ALGORITHM, "files": files})[1:]
+def _encode(files: Mapping[str, Listed], providers: Mapping[str, str]) -> bytes:
+    body = json.dump_exact({"version": _VERSION, "algorithm": _ALGORITHM, "providers": providers, "files": files})[1:]
     return b'{"checksum": "%b", %b' % (xxhash.xxh3_64_hexdigest(body).encode(), body)
 
 
@@ -160,7 +178,11 @@ def _decode(data: bytes, where: str) -> FileList:
     if (document.get("version"), document.get("algorithm")) != (_VERSION, _ALGORITHM):
         raise errors.FormatError(f"{where}: version {document.get('version')!r}, expected {_VERSION}; a newer ckptkit wrote it.")
     files = json.expect(document.get("files"), dict, "files", where)
-    return FileList({path: _listed(value, path, where) for path, value in files.items()})
+    providers = json.expect(document.get("providers", {}), dict, "providers", where)
+    return FileList(
+        {path: _listed(value, path, where) for path, value in files.items()},
+        {typestr: json.expect(provider, str, "a provider", where) for typestr, provider in providers.items()},
+    )
 
 
 def _listed(value: Any, path: str, where: str) -> Listed:

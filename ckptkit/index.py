@@ -94,6 +94,7 @@ class IndexDocument:
       checksums: array name -> its checksums, as `Checksums.texts` gives them.
       typestrs: leaf name -> type string, for leaves whose type handler is not one of Orbax's words.
       providers: type string -> who provides its handler ('distribution version').
+      storage: the name of the storage backend that wrote the arrays -> who provides it; empty in older indices.
       extras: leaf name -> JSON that its type handler wants back.
       arrays: shape, dtype and grid, as `array_text` has them -> the arrays that are so; empty in indices written before there
         was such a table.
@@ -102,6 +103,7 @@ class IndexDocument:
     checksums: dict[str, list[str]]
     typestrs: dict[str, str] = attrs.field(factory=dict)
     providers: dict[str, str] = attrs.field(factory=dict)
+    storage: dict[str, str] = attrs.field(factory=dict)
     extras: dict[str, Any] = attrs.field(factory=dict)
     arrays: dict[str, list[str]] = attrs.field(factory=dict)
     _texts: dict[str, str] | None = attrs.field(default=None, init=False, eq=False)
@@ -183,7 +185,14 @@ def _is_object(value: object) -> bool:
     return isinstance(value, dict)
 
 
-_TABLES = {"checksums": _is_texts, "typestrs": _is_text, "providers": _is_text, "extras": _is_object, "arrays": _is_texts}
+_TABLES = {
+    "checksums": _is_texts,
+    "typestrs": _is_text,
+    "providers": _is_text,
+    "storage": _is_text,
+    "extras": _is_object,
+    "arrays": _is_texts,
+}
 
 
 def _position(array: ArraySpec, index: Index) -> int:

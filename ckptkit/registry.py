@@ -26,7 +26,7 @@ from ckptkit.leaves.base import TypeHandler
 from ckptkit.location import Location, LocationPath
 from ckptkit.storage.base import StorageBackend
 
-__all__ = ["Owner", "Plugin", "PluginFailure", "Registry", "default_registry", "owned_by"]
+__all__ = ["Owner", "Plugin", "PluginFailure", "Registration", "Registry", "default_registry", "owned_by"]
 
 Use = Literal["save", "restore"]
 HandlerClass = type[CheckpointHandler]
@@ -56,6 +56,22 @@ class PluginFailure:
 
     def __str__(self) -> str:
         return f"plugin {self.owner} failed to load: {type(self.error).__name__}: {self.error}"
+
+
+class Registration(NamedTuple):
+    """What a key of the registry stands for.
+
+    Attributes:
+      what: what the key is, in words, such as 'storage backend'.
+      key: a name, or the class itself where it has none that lasts.
+      value: the handler class, type handler, backend or factory.
+      owner: who registered it.
+    """
+
+    what: str
+    key: Hashable
+    value: Any
+    owner: Owner
 
 
 class _Binding(NamedTuple):
@@ -140,11 +156,11 @@ class Registry:
 
         Raises:
           errors.ArgsError: neither for save nor for restore.
-          errors.ArgsTypeError: not a subclass of CheckpointArgs, or of CheckpointHandler.
+          errors.ArgsTypeError: not a subclass of CheckpointArgs, or of CheckpointHandler, or one that lacks methods.
           errors.ConflictError: the class is bound to another handler, or the type string is taken.
         """
         _check_class(args_class, CheckpointArgs, "args class")
-        _check_class(handler_class, CheckpointHandler, "handler class")
+        _check_handler_class(handler_class)
         if not (for_save or for_restore):
             raise errors.ArgsError(
                 f"{name_of(args_class)}: for_save and for_restore are both False; say what the class is for with for_save=True, "
@@ -160,10 +176,11 @@ class Registry:
         """Records the type strings of a handler, by which a restore finds it.
 
         Raises:
-          errors.ArgsTypeError: not a subclass of CheckpointHandler, or its typestr() is not a classmethod that returns a str.
+          errors.ArgsTypeError: not a subclass of CheckpointHandler, or one that lacks methods, or its typestr() is not a
+            classmethod that returns a str.
           errors.ConflictError: another handler has the type string.
         """
-        _check_class(handler_class, CheckpointHandler, "handler class")
+        _check_handler_class(handler_class)
         with self._lock:
             self._record(self._typestr_wishes(handler_class), name_of(handler_class), handler_class.__module__)
 
@@ -394,6 +411,28 @@ class Registry:
             raise errors.RegistryError(f"Nothing is registered for the type string {_cut(typestr)}.{self.failures_note()}")
         return claim.owner.provider
 
+    def owner_of(self, thing: object) -> Owner:
+        """Who registered a handler, type handler or backend; of anything else, who brought the package that its class is from."""
+        with self._lock:
+            for table in self._tables:
+                for claim in map(table.claim, table):
+                    if claim is not None and (claim.value is thing or claim.value is type(thing)):
+                        return claim.owner
+        module = type(thing).__module__
+        owners = [plugin.owner for plugin in self.plugins]
+        return next((owner for owner in owners if in_package(module, top_package(owner.module))), Owner(module))
+
+    def registrations(self) -> list[Registration]:
+        """Everything that can be looked up, each with its owner; not what an override covers."""
+        self.ensure_loaded()
+        with self._lock:
+            claims = [(table.what, key, table.claim(key)) for table in self._tables for key in table]
+        values = [(what, key, claim) for what, key, claim in claims if claim is not None]
+        return [
+            Registration(what, key, claim.value.handler_class if isinstance(claim.value, _Binding) else claim.value, claim.owner)
+            for what, key, claim in values
+        ]
+
     def storage(self, name: str) -> StorageBackend:
         """The storage backend with this name.
 
@@ -484,6 +523,12 @@ def _type_key(leaf_type: Any) -> Hashable:
 def _check_class(cls: Any, base: type, what: str) -> None:
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise errors.ArgsTypeError(f"{cls!r} is not a {what}: expected a subclass of {name_of(base)}.")
+
+
+def _check_handler_class(cls: Any) -> None:
+    _check_class(cls, CheckpointHandler, "handler class")
+    if missing := sorted(getattr(cls, "__abstractmethods__", ())):
+        raise errors.ArgsTypeError(f"{name_of(cls)} cannot be a handler: it lacks {', '.join(missing)}.")
 
 
 def _check_instance(thing: Any, base: type, what: str) -> None:

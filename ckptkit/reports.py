@@ -164,6 +164,7 @@ class Tracker:
       verified: False once something was read that has no checksum.
       covered: URLs of directories of which a restore uses nothing but what an index has checksums of.
       corrupt: key paths of leaves that were left out because their bytes are damaged.
+      let_go: set once nobody waits any more for the call that began the operation.
     """
 
     _INTERVAL_SECS = 0.25
@@ -174,6 +175,7 @@ class Tracker:
         self.verified = True
         self.covered: set[str] = set()
         self.corrupt: list[tuple[str, ...]] = []
+        self.let_go = threading.Event()
         self._operation: Operation = operation
         self._path = path
         self._notify = notify
@@ -219,7 +221,10 @@ def current_tracker(operation: Operation) -> Tracker:
 
     It travels in a context variable, so that handlers, which know no pipeline, need not pass it on.
     """
-    return _current.get() or Tracker(operation, "", lambda event: None)
+    if (tracker := _current.get()) is None:
+        tracker = Tracker(operation, "", lambda event: None)
+        tracker.let_go.set()
+    return tracker
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from ckptkit.meeting import Meeting
 from ckptkit.metadata.step import STEP_FILE, StepMetadata, encode_step
 from ckptkit.registry import Registry
 
-__all__ = ["Beginning", "DeferredPath", "Saving", "checked_futures"]
+__all__ = ["Beginning", "DeferredPath", "Saving"]
 
 
 class Beginning:
@@ -100,20 +100,6 @@ _stuck: list[Beginning] = []
 """Kept, since a lock lasts as long as somebody refers to it."""
 
 
-def checked_futures(handler: CheckpointHandler, returned: Any) -> list[futures.Future[Any]]:
-    """What an `async_save` returned, as a list.
-
-    Raises:
-      errors.PluginError: something else than futures of `concurrent.futures`, which alone can be waited for and cancelled.
-    """
-    made = [] if returned is None else list(returned)
-    if wrong := [future for future in made if not isinstance(future, futures.Future)]:
-        raise errors.PluginError(
-            f"{type(handler).__name__}.async_save returned {wrong[0]!r}; expected a list of concurrent.futures.Future, or None."
-        )
-    return made
-
-
 class Saving:
     """A save whose caller has been let go: what is left is to wait for the writers, and to commit."""
 
@@ -146,6 +132,14 @@ class Saving:
     def begin(self) -> None:
         """From now on the exit of this process waits for this save, until `finish` or `abandon` has ended."""
         self._under_way.begin()
+
+    def hand_over(self, thread: threading.Thread) -> None:
+        """It is for `thread` to end this save now, which has started."""
+        self._under_way.hand_over(thread)
+
+    def let_go(self) -> None:
+        """The caller's call is about to return: writers, which hold back until then, may take the interpreter."""
+        self._tracker.let_go.set()
 
     def take(self) -> bool:
         """Whether the caller is the one to end this save, with `finish` or `abandon`: the first to ask is."""
@@ -180,7 +174,7 @@ class Saving:
         step = attrs.evolve(self._step, commit_timestamp_nsecs=time.time_ns())
         described = encode_step(step)
         # The list before `_CHECKPOINT_METADATA`, which Orbax writes first: `commit.clean` tells the two's leftovers apart.
-        write_file_list(temporary, self._tracker.covered, {STEP_FILE: described})
+        write_file_list(temporary, self._tracker.covered, {STEP_FILE: described}, self._step.providers)
         temporary.write_bytes(STEP_FILE, described)
         pending.commit()
 
@@ -203,6 +197,7 @@ class Saving:
         self._meeting.fail(error)
         for future in self.writing:
             future.cancel()
+        self.let_go()
         try:
             if futures.wait(self.writing, _STOP_SECS).not_done:
                 _stuck.append(self._begin)

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
 import jax
-from jax.tree_util import DictKey
 
 from ckptkit import errors
 from ckptkit._recent import Recent
-from ckptkit.metadata.tree import Key, key_of
+from ckptkit.metadata.tree import DICT, SEQUENCE, Key, key_of
 
 __all__ = ["Structure", "flatten", "flatten_alike", "is_empty_node", "key_path"]
 
@@ -44,20 +43,18 @@ class Structure:
 
     Attributes:
       treedef: jax's own description; puts leaves back together.
-      jax_paths: per leaf, its keys as jax gives them, outermost first.
-      paths: per leaf, the names of its keys: how messages show where a leaf is.
-      names: per leaf, the same joined with '.', as Orbax names what it stores.
+      keys: per leaf, its keys, outermost first.
+      names: per leaf, the names of its keys joined with '.', as Orbax names what it stores.
     """
 
     treedef: Any
-    jax_paths: Sequence[tuple[Any, ...]]
-    paths: Sequence[tuple[str, ...]]
+    keys: Sequence[tuple[Key, ...]]
     names: Sequence[str]
 
     @functools.cached_property
-    def keys(self) -> tuple[tuple[Key, ...], ...]:
-        """Per leaf, its keys, outermost first; made when the metadata is, since a caller who waits needs names alone."""
-        return tuple([tuple(map(key_of, path)) for path in self.jax_paths])
+    def paths(self) -> Sequence[tuple[str, ...]]:
+        """Per leaf, the names of its keys: how messages show where a leaf is."""
+        return list(map(key_path, self.keys))
 
     def unflatten(self, leaves: Sequence[Any]) -> Any:
         return jax.tree.unflatten(self.treedef, leaves)
@@ -69,8 +66,7 @@ _structures: Recent[Any, Structure] = Recent(8)
 def flatten(tree: Any) -> tuple[list[Any], Structure]:
     """The leaves of a tree and its structure.
 
-    Structures are kept for a while, since training saves the same tree again and again and the names of 10,000 leaves
-    take longer to make than their values take to stage.
+    Structures are kept for a while, since training saves the same tree again and again.
 
     Raises:
       errors.TreeError: jax cannot flatten the tree (dict keys that do not compare, for example).
@@ -89,13 +85,57 @@ def flatten(tree: Any) -> tuple[list[Any], Structure]:
 
 
 def _structure(tree: Any, treedef: Any) -> Structure:
+    """By walking the tree: jax's own function for paths makes several objects for every leaf."""
+    keys: list[tuple[Key, ...]] = []
+    names: list[str] = []
+    leaf_kinds: set[type] = set()
+
+    def is_leaf(node: Any) -> bool:
+        if jax.tree_util.all_leaves([node]):
+            leaf_kinds.add(type(node))
+            return True
+        return is_empty_node(node)
+
+    def walk(node: Any, path: tuple[Key, ...], prefix: str) -> None:
+        for key, child in _children(node):
+            if type(child) in leaf_kinds or is_leaf(child):
+                keys.append((*path, key))
+                names.append(prefix + key.name)
+            else:
+                walk(child, (*path, key), f"{prefix}{key.name}.")
+
     try:
-        with_paths, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_empty_node)
+        if is_leaf(tree):
+            return Structure(treedef, [()], [""])
+        walk(tree, (), "")
+    except errors.TreeError:
+        raise
     except Exception as error:
         raise _not_flattened(error) from error
-    jax_paths = [path for path, _ in with_paths]
-    paths = [tuple([str(key.key) if type(key) is DictKey else key_of(key).name for key in path]) for path in jax_paths]
-    return Structure(treedef, jax_paths, paths, list(map(".".join, paths)))
+    if len(names) != treedef.num_leaves:
+        raise errors.TreeError(f"The tree has {treedef.num_leaves} leaves to jax, and then {len(names)}: a node of it changes.")
+    return Structure(treedef, keys, names)
+
+
+def _children(node: Any) -> Iterable[tuple[Key, Any]]:
+    """The keys of a node, and what is there, in jax's order."""
+    kind = type(node)
+    if kind is dict:
+        return [(_dict_key(key), node[key]) for key in sorted(node)]
+    if kind is list or kind is tuple:
+        return [(Key(str(i), SEQUENCE), child) for i, child in enumerate(node)]
+    children, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda part: part is not node)
+    return [(key_of(path[0]), child) for path, child in children]
+
+
+def _dict_key(key: Any) -> Key:
+    return _text_key(key) if type(key) is str else Key(str(key), DICT)
+
+
+@functools.lru_cache(maxsize=4096)
+def _text_key(name: str) -> Key:
+    """One object for the many leaves that have the same name in different places."""
+    return Key(name, DICT)
 
 
 def _not_flattened(error: Exception) -> errors.TreeError:

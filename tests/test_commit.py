@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ckptkit import commit, errors
+from ckptkit import _filesystem, commit, errors
 from ckptkit.location import FileLocation
 
 
@@ -50,7 +50,7 @@ def test_a_destination_that_came_into_being_meanwhile_is_kept(tmp_path: Path) ->
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two renames"])
 def test_force_replaces_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool) -> None:
     if not exchange:
-        monkeypatch.setattr(commit, "_exchange_function", lambda: None)
+        monkeypatch.setattr(_filesystem, "_exchange_function", lambda: None)
     old = _begin(tmp_path / "c")
     old.temporary.write_bytes("old", b"")
     old.commit()

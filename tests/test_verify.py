@@ -152,7 +152,7 @@ def test_a_name_in_the_list_never_leads_outside(tmp_path: Path) -> None:
     path = save(tmp_path / "c")
     from ckptkit import file_list
 
-    (path / FILE_LIST).write_bytes(file_list._encode({"../outside": file_list.Listed(0, "0" * 16)}))
+    (path / FILE_LIST).write_bytes(file_list._encode({"../outside": file_list.Listed(0, "0" * 16)}, {}))
     with pytest.raises(errors.CorruptCheckpointError, match="does not stay inside"):
         ckptkit.restore(path)
 
@@ -578,7 +578,7 @@ def test_a_save_lists_no_file_of_another_one_in_the_same_place(request: pytest.F
     first.temporary.write_bytes("a", b"1")
     second = commit.begin(place, force=True, mode=None)
     second.temporary.write_bytes("b", b"2")
-    write_file_list(first.temporary, (), {})
+    write_file_list(first.temporary, (), {}, {})
     listed = read_file_list(first.temporary)
     assert listed is not None
     assert list(listed.files) == ["a"]

@@ -24,7 +24,10 @@ def documents(
     words = {group.handler.typestr: group.handler.orbax_typestr for group in plan.groups}
     names = plan.structure.names
     leaves = [(name, spec) for name, spec in zip(names, plan.nodes, strict=True) if isinstance(spec, LeafSpec)]
-    yield INDEX_FILE, encode_index(_index(leaves, words, checksums, registry))
+    index = _index(leaves, words, checksums, registry)
+    index.storage = {plan.backend.name: registry.owner_of(plan.backend).provider}
+    yield INDEX_FILE, encode_index(index)
+    del index
     shardings = {name: spec.sharding for name, spec in leaves if spec.sharding is not None}
     yield sharding_documents.SHARDING_FILE, sharding_documents.encode_file(shardings)
     records = {name: _array_record(spec) for name, spec in leaves if words[spec.typestr] == "jax.Array"}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
@@ -122,17 +122,17 @@ def _entry(keys: tuple[Key, ...], value: Any, aggregate: Aggregate, texts: Mappi
     return Entry(keys, "np.ndarray" if isinstance(value, np.ndarray) else "scalar", skip=True)
 
 
-def document_of_names(location: Location, names: Sequence[str], keys_of: Callable[[str], tuple[str, ...]]) -> TreeDocument | None:
-    """The tree that the arrays' names tell of by `keys_of`; None where they cannot have been written without `_METADATA`.
+def document_of_names(location: Location, keys: Mapping[str, tuple[str, ...]]) -> TreeDocument | None:
+    """The tree that the arrays' names tell of by the keys of each; None where they cannot have been written without `_METADATA`.
 
     A database was written without it only for the one array of `ArrayCheckpointHandler`, and an array below a folder of another
     name belongs to an item of a composite.
     """
-    found = location.names()
+    found, names = location.names(), sorted(keys)
     below = any("/" in name and found.get(name.split("/")[0]) for name in names)
     if not names or below or (location.exists("manifest.ocdbt") and (len(names) > 1 or "." in names[0])):
         return None
-    entries = [Entry(tuple([Key(key, DICT) for key in keys_of(name)]), "np.ndarray") for name in sorted(names)]
+    entries = [Entry(tuple([Key(key, DICT) for key in keys[name]]), "np.ndarray") for name in names]
     return TreeDocument(entries=entries, use_ocdbt=None)
 
 

@@ -9,10 +9,12 @@ from types import TracebackType
 from typing import Any, Self
 
 from ckptkit import args as args_lib
-from ckptkit import errors, tree
+from ckptkit import errors, providers, tree
 from ckptkit._gc import paused_gc
+from ckptkit.file_list import read_file_list
 from ckptkit.grid import Array, ArraySpec, Index
 from ckptkit.handlers._legacy import Aggregate, ArraysReader, document_of_names, read_aggregate
+from ckptkit.handlers.base import CheckpointHandler
 from ckptkit.index import INDEX_FILE, IndexDocument, decode_index
 from ckptkit.leaves.base import LeafSpec, RestoreArgs, TypeHandler
 from ckptkit.location import Location
@@ -21,10 +23,11 @@ from ckptkit.metadata import sharding as sharding_documents
 from ckptkit.metadata.msgpack import AGGREGATE_FILE
 from ckptkit.metadata.tree import TREE_FILE, Entry, Key, TreeDocument, decode_tree, is_empty_node
 from ckptkit.options import OnCorrupt
+from ckptkit.pipeline import answers
 from ckptkit.registry import Registry
-from ckptkit.storage.base import Reader, StorageBackend
+from ckptkit.storage.base import Reader
 
-__all__ = ["StoredTree", "args_for_files", "item_folders", "recognised"]
+__all__ = ["StoredTree", "args_for_files", "handler_class_for", "item_folders"]
 
 _JSON_FILE = "metadata"
 
@@ -58,15 +61,36 @@ def _args_for_marks(location: Location) -> type[args_lib.CheckpointArgs] | None:
 
 def _names_tell(location: Location, registry: Registry) -> bool:
     """Whether there are arrays whose names alone make a tree."""
-    if (backend := recognised(registry, location)) is None:
+    if (backend := answers.recognising(registry, location)) is None:
         return False
-    with contextlib.closing(backend.reader(location)) as reader:
-        return document_of_names(location, list(reader.arrays()), backend.keys_of) is not None
+    with answers.calling(registry, backend, "reader") as asked:
+        reader = answers.instance(asked, backend.reader(location), Reader)
+    with contextlib.closing(reader):
+        return document_of_names(location, answers.keys(registry, backend, _arrays(registry, reader))) is not None
 
 
-def recognised(registry: Registry, location: Location) -> StorageBackend | None:
-    """The storage backend that recognises the arrays in a directory, or a file, if one does."""
-    return next((backend for backend in registry.storages() if backend.recognises(location)), None)
+def _arrays(registry: Registry, reader: Reader) -> Mapping[str, ArraySpec]:
+    with answers.calling(registry, reader, "arrays") as asked:
+        return answers.stored_arrays(asked, reader.arrays())
+
+
+def handler_class_for(registry: Registry, location: Location, typestr: str) -> type[CheckpointHandler]:
+    """The handler class that reads what a checkpoint, or an item of it, records.
+
+    Args:
+      registry: where to look.
+      location: the checkpoint.
+      typestr: what it records.
+
+    Raises:
+      errors.RegistryError: none is registered; names who provided it, and how to install that.
+    """
+    try:
+        return registry.handler_for_typestr(typestr)
+    except errors.RegistryError as error:
+        listed = read_file_list(location)
+        advice = providers.way_out(None if listed is None else listed.providers.get(typestr))
+        raise errors.RegistryError(f"{location.url}: {error}\nThe handler is missing: {advice}.") from None
 
 
 class StoredTree:
@@ -93,6 +117,7 @@ class StoredTree:
         Raises:
           errors.NotFoundError: a file that a checkpoint cannot do without is missing.
           errors.FormatError: a file that cannot be understood.
+          errors.RegistryError: the storage backend that wrote the arrays is not registered; names who provides it.
         """
         self.location = location
         self._registry = registry
@@ -166,7 +191,7 @@ class StoredTree:
 
     def _listed_arrays(self) -> Mapping[str, ArraySpec]:
         try:
-            return self.reader.arrays()
+            return _arrays(self._registry, self.reader)
         except errors.FormatError as error:
             if self.index is None:  # another program's, which may have more formats than this one reads
                 raise
@@ -192,10 +217,10 @@ class StoredTree:
         Raises:
           errors.NotFoundError: they do not, since the writer had other files to tell of it.
         """
-        backend = recognised(self._registry, self.location)
+        backend = answers.recognising(self._registry, self.location)
         document = None
         if self.index is None and backend is not None:
-            document = document_of_names(self.location, list(self._arrays), backend.keys_of)
+            document = document_of_names(self.location, answers.keys(self._registry, backend, self._arrays))
         if document is None:
             raise self._no_tree()
         return document
@@ -224,8 +249,7 @@ class StoredTree:
         """
         handler = self._registry.type_handler_named(spec.typestr)
         if handler is None:
-            provider = self.index.providers.get(spec.typestr) if self.index is not None else None
-            advice = f"install it ({provider} wrote this checkpoint)" if provider else "register a type handler for it"
+            advice = providers.way_out(self.index.providers.get(spec.typestr) if self.index is not None else None)
             raise errors.RegistryError(
                 f"{self.location.url} holds leaves of type {spec.typestr!r}, for which no type handler is registered; {advice}, "
                 f"or restore into another type with a target.{self._registry.failures_note()}"
@@ -253,8 +277,15 @@ class StoredTree:
         return records
 
     def _open(self) -> Reader:
-        if (backend := recognised(self._registry, self.location)) is not None:
-            return backend.reader(self.location)
+        if (backend := answers.recognising(self._registry, self.location)) is not None:
+            with answers.calling(self._registry, backend, "reader") as asked:
+                return answers.instance(asked, backend.reader(self.location), Reader)
+        for name, provider in ({} if self.index is None else self.index.storage).items():
+            if all(name != known.name for known in self._registry.storages()):
+                raise errors.RegistryError(
+                    f"{self.location.url} is stored by the storage backend {name!r}, which is not registered here: "
+                    f"{providers.way_out(provider)}.{self._registry.failures_note()}"
+                )
         if self._aggregate is None and not self.location.exists(TREE_FILE):
             raise self._no_tree()
         known = ", ".join(repr(backend.name) for backend in self._registry.storages())

@@ -12,11 +12,12 @@ from ckptkit import args as args_lib
 from ckptkit import discovery, errors
 from ckptkit._checks import a, optional
 from ckptkit.file_list import FILE_LIST
-from ckptkit.handlers._stored import args_for_files, item_folders
+from ckptkit.handlers._stored import args_for_files, handler_class_for, item_folders
 from ckptkit.handlers.base import AsyncCheckpointHandler, CheckpointHandler
 from ckptkit.location import Location, mapped_os_errors
 from ckptkit.meeting import on_primary
 from ckptkit.metadata.step import STEP_FILE, decode_step
+from ckptkit.pipeline import answers
 
 if TYPE_CHECKING:
     from etils import epath
@@ -60,16 +61,18 @@ class CompositeCheckpointHandler(AsyncCheckpointHandler):
           errors.ArgsError: an item that cannot be saved, for its name or its args.
           errors.RegistryError: an item's args are not registered with a handler.
         """
-        return {name: handler.typestr() for name, handler in self._handlers_to_save(args).items()}
+        registry = discovery.ready(self.registry)
+        return {name: answers.typestr(registry, handler) for name, handler in self._handlers_to_save(args).items()}
 
     async def async_save(self, directory: epath.Path, args: args_lib.Composite) -> list[Future[Any]]:
         """Starts to save every item. An error carries the name of its item."""
+        registry = discovery.ready(self.registry)
         self._saving = self._handlers_to_save(args)
         writing: list[Future[Any]] = []
         try:
             for name, handler in self._saving.items():
                 with _naming(name):
-                    writing += await _start(handler, directory / name, args[name], name)
+                    writing += await _start(registry, handler, directory / name, args[name], name)
         except BaseException:
             for future in writing:
                 future.cancel()
@@ -156,7 +159,7 @@ class CompositeCheckpointHandler(AsyncCheckpointHandler):
         if args is not None:
             return self._make(name, registry.handler_for_args(args, use="restore"))
         if typestr := stored.typestrs.get(name):
-            return self._make(name, registry.handler_for_typestr(typestr))
+            return self._make(name, handler_class_for(registry, stored.location, typestr))
         if (args_class := args_for_files(folder, registry)) is not None:
             return self._make(name, registry.handler_for_args(args_class, use="restore"))
         raise errors.FormatError(
@@ -215,13 +218,14 @@ class _Stored:
         return args
 
 
-async def _start(handler: CheckpointHandler, folder: epath.Path, args: Any, name: str) -> list[Future[Any]]:
+async def _start(registry: Registry, handler: CheckpointHandler, folder: epath.Path, args: Any, name: str) -> list[Future[Any]]:
     """Saves one item, or starts to."""
     with mapped_os_errors(str(folder), "make the folder"):
         folder.mkdir(exist_ok=True)  # another process may have been faster
     if isinstance(handler, AsyncCheckpointHandler):
-        return [_ItemFuture(future, name) for future in await handler.async_save(folder, args=args) or ()]
-    on_primary(lambda: handler.save(folder, args=args))
+        started = await answers.coroutine(registry, handler, handler.async_save(folder, args=args))
+        return [_ItemFuture(future, name) for future in answers.futures(registry, handler, started)]
+    on_primary(lambda: answers.synchronous(registry, handler, handler.save(folder, args=args)))
     return []
 
 

@@ -24,6 +24,7 @@ from ckptkit.metadata.rich import decode_rich
 from ckptkit.metadata.tree import TREE_FILE, Entry, is_empty_node, nest
 from ckptkit.metadata.values import ArrayMetadata, ScalarMetadata, StorageMetadata, StringMetadata, TreeMetadata
 from ckptkit.options import MultiprocessingOptions, PyTreeMetadataOptions, RestoreDefaults, StorageOptions
+from ckptkit.pipeline import answers
 from ckptkit.pipeline.plan import PLAIN, LeafRules, plan_save
 from ckptkit.pipeline.restore import RestoreItem, restore_leaves, unrestorable
 from ckptkit.pipeline.save import start_save
@@ -206,10 +207,10 @@ class PyTreeCheckpointHandler(DeferredPathAsyncCheckpointHandler):
         registry = discovery.ready(self.registry)
         with StoredTree(registry.location(directory), registry, self._aggregate_file) as stored:
             if target is None and restore_args is None:
-                return self._nested(stored, _restore_all(stored, defaults, self._restore_bytes))
+                return self._nested(stored, _restore_all(registry, stored, defaults, self._restore_bytes))
             wanted = _Wanted(registry, stored, defaults, typed_by_target=typed_by_target)
             structure = wanted.match(target, restore_args, partial=partial)
-            leaves = _read(stored, wanted.items, defaults, self._restore_bytes)
+            leaves = _read(registry, stored, wanted.items, defaults, self._restore_bytes)
             for position, leaf in zip(wanted.positions, leaves, strict=True):
                 wanted.values[position] = leaf
             return structure.unflatten(wanted.values)
@@ -236,25 +237,65 @@ def _bytes(owner: PyTreeCheckpointHandler, name: str, gigabytes: float | None) -
     return int(min((96 if gigabytes is None else gigabytes) * _GB, sys.maxsize))
 
 
-def _restore_all(stored: StoredTree, defaults: RestoreDefaults, max_inflight_bytes: int) -> list[Any]:
+def _restore_all(registry: Registry, stored: StoredTree, defaults: RestoreDefaults, max_inflight_bytes: int) -> list[Any]:
     """For each entry the leaf as it was saved; None for an empty node."""
-    entries = stored.document.entries
-    items, positions = [], []
-    for position, entry in enumerate(entries):
-        if not is_empty_node(entry) and (spec := stored.found(entry, defaults.on_corrupt)) is not None:
-            request = stored.type_handler(spec).request(None, spec, defaults)
-            items.append(RestoreItem(tree.key_path(entry.keys), spec, stored.restoring_handler(spec, request), request))
-            positions.append(position)
-    values: list[Any] = [None if is_empty_node(entry) else ... for entry in entries]
-    leaves = _read(stored, items, defaults, max_inflight_bytes)
-    for position, leaf in zip(positions, leaves, strict=True):
+    items = _every_item(registry, stored, defaults)
+    values: list[Any] = [None if is_empty_node(entry) else ... for entry in stored.document.entries]
+    leaves = _read(registry, stored, list(items.values()), defaults, max_inflight_bytes)
+    for position, leaf in zip(items, leaves, strict=True):
         values[position] = leaf
     return values
 
 
-def _read(stored: StoredTree, items: Sequence[RestoreItem], defaults: RestoreDefaults, max_inflight_bytes: int) -> list[Any]:
+@paused_gc()
+def _every_item(registry: Registry, stored: StoredTree, defaults: RestoreDefaults) -> dict[int, RestoreItem]:
+    """Every leaf, as it was saved, by the position of its entry."""
+    entries = stored.document.entries
+    specs = {i: stored.found(entry, defaults.on_corrupt) for i, entry in enumerate(entries) if not is_empty_node(entry)}
+    found = {position: spec for position, spec in specs.items() if spec is not None}
+    requests = _requests(registry, [(stored.type_handler(spec), None, spec) for spec in found.values()], defaults)
+    return {
+        position: RestoreItem(tree.key_path(entries[position].keys), spec, stored.restoring_handler(spec, request), request)
+        for (position, spec), request in zip(found.items(), requests, strict=True)
+    }
+
+
+def _requests(
+    registry: Registry, leaves: Sequence[tuple[TypeHandler[Any], Any, LeafSpec]], defaults: RestoreDefaults
+) -> list[RestoreArgs]:
+    """The request for each (type handler, target or None, what is stored); a type handler is asked once."""
+    members: dict[TypeHandler[Any], list[int]] = {}
+    for i, (handler, _, _) in enumerate(leaves):
+        members.setdefault(handler, []).append(i)
+    made: dict[int, RestoreArgs] = {}
+    for handler, positions in members.items():
+        targets, specs = [leaves[i][1] for i in positions], [leaves[i][2] for i in positions]
+        made |= zip(positions, answers.requested(registry, handler, targets, specs, defaults), strict=True)
+    return [made[i] for i in range(len(leaves))]
+
+
+def _read(
+    registry: Registry, stored: StoredTree, items: Sequence[RestoreItem], defaults: RestoreDefaults, max_inflight_bytes: int
+) -> list[Any]:
     where, how = stored.location.url, defaults.on_corrupt
-    return restore_leaves(items, stored.reader, stored.index, max_inflight_bytes, where, how, stored.lost)
+    return restore_leaves(items, registry, stored.reader, stored.index, max_inflight_bytes, where, how, stored.lost)
+
+
+@attrs.define
+class _Pair:
+    """A leaf that is stored and asked for.
+
+    Attributes:
+      position: among the target's leaves.
+      path: where it is.
+      spec: what is stored.
+      request: how it is restored; None where nothing says so yet.
+    """
+
+    position: int
+    path: tuple[str, ...]
+    spec: LeafSpec
+    request: RestoreArgs | None
 
 
 class _Wanted:
@@ -270,6 +311,8 @@ class _Wanted:
         self.items: list[RestoreItem] = []
         self.positions: list[int] = []
         self.values: list[Any] = []
+        self._pairs: list[_Pair] = []
+        self._typed: list[tuple[_Pair, TypeHandler[Any], Any]] = []
         self._registry = registry
         self._stored = stored
         self._defaults = defaults
@@ -300,8 +343,9 @@ class _Wanted:
                 ):
                     continue
                 self._add(position, path, entries[path], value if target is not None else None, requests[position], mismatched)
+        self._settle(mismatched)
         if missing or unexpected or mismatched:  # then what else is wrong is told too
-            self._refuse(missing, sorted(unexpected), [*mismatched, *unrestorable(self.items)])
+            self._refuse(missing, sorted(unexpected), [*mismatched, *unrestorable(self.items, self._registry)])
         return structure
 
     def _is_empty_too(self, path: tuple[str, ...], entry: Entry | None, value: Any, mismatched: list[str]) -> bool:
@@ -326,42 +370,43 @@ class _Wanted:
         if (spec := self._stored.found(entry, self._defaults.on_corrupt)) is None:
             self.values[position] = ...
             return
-        try:
-            handler, request = self._request(spec, target, request)
-        except errors.ArgsTypeError as error:
-            mismatched.append(f"{path}: {error}")
+        if request is not None and not isinstance(request, RestoreArgs):
+            mismatched.append(f"{path}: restore_args holds a {type(request).__name__} here; expected RestoreArgs or None")
             return
-        self.items.append(RestoreItem(path, spec, handler, request))
-        self.positions.append(position)
+        pair = _Pair(position, path, spec, request)
+        if request is None and target is not None and self._typed_by_target:
+            if (handler := self._registry.type_handler_for(type(target))) is None:
+                mismatched.append(f"{path}: Unsupported type: {type(target)}; a target's leaves say what to restore into")
+                return
+            self._typed.append((pair, handler, target))
+        self._pairs.append(pair)
 
-    def _request(self, spec: LeafSpec, target: Any, request: Any) -> tuple[TypeHandler[Any], RestoreArgs]:
-        """Who restores a leaf, and how: as `restore_args` say, else as the target's leaf does, else as it was saved.
-
-        Raises:
-          errors.ArgsTypeError: there is nobody who could.
-        """
-        if request is not None:
-            return self._explicit(spec, request)
-        if target is None or not self._typed_by_target:
-            handler = self._stored.type_handler(spec)
-            return handler, handler.request(None, spec, self._defaults)
-        if (found := self._registry.type_handler_for(type(target))) is None:
-            raise errors.ArgsTypeError(f"Unsupported type: {type(target)}; a target's leaves say what to restore into")
-        return self._explicit(spec, found.request(target, spec, self._defaults))
-
-    def _explicit(self, spec: LeafSpec, request: Any) -> tuple[TypeHandler[Any], RestoreArgs]:
-        """The same, for a request that was made; without a `restore_type` it concerns the leaf as it was saved."""
-        if not isinstance(request, RestoreArgs):
-            raise errors.ArgsTypeError(f"restore_args holds a {type(request).__name__} here; expected RestoreArgs or None")
-        if request.defaults is not self._defaults:
-            request = attrs.evolve(request, defaults=self._defaults)
-        kind = jax.Array if request.restore_type is None and isinstance(request, ArrayRestoreArgs) else request.restore_type
-        if kind is None:
-            handler = self._stored.type_handler(spec)
-            return handler, attrs.evolve(handler.request(None, spec, self._defaults), dtype=request.dtype)
-        if (found := self._registry.type_handler_for(kind)) is None:
-            raise errors.ArgsTypeError(f"no type handler is registered for restore_type={kind!r}; give a registered leaf type")
-        return found, request
+    def _settle(self, mismatched: list[str]) -> None:
+        """Who restores each leaf, and how: as `restore_args` say, else as the target's leaf does, else as it was saved."""
+        made = _requests(self._registry, [(handler, target, pair.spec) for pair, handler, target in self._typed], self._defaults)
+        for (pair, _, _), request in zip(self._typed, made, strict=True):
+            pair.request = request
+        settled: list[tuple[_Pair, TypeHandler[Any]]] = []
+        for pair in self._pairs:
+            kind = _kind(pair.request)
+            handler = self._stored.type_handler(pair.spec) if kind is None else self._registry.type_handler_for(kind)
+            if handler is not None:
+                settled.append((pair, handler))
+            else:
+                mismatched.append(
+                    f"{pair.path}: no type handler is registered for restore_type={kind!r}; give a registered leaf type"
+                )
+        as_saved = [(pair, handler) for pair, handler in settled if _kind(pair.request) is None]
+        made = _requests(self._registry, [(handler, None, pair.spec) for pair, handler in as_saved], self._defaults)
+        for (pair, _), request in zip(as_saved, made, strict=True):
+            pair.request = request if pair.request is None else attrs.evolve(request, dtype=pair.request.dtype)
+        for pair, handler in settled:
+            assert pair.request is not None
+            request = pair.request
+            if request.defaults is not self._defaults:
+                request = attrs.evolve(request, defaults=self._defaults)
+            self.items.append(RestoreItem(pair.path, pair.spec, handler, request))
+            self.positions.append(pair.position)
 
     def _refuse(self, missing: Sequence[str], unexpected: Sequence[str], mismatched: Sequence[str]) -> None:
         sections = []
@@ -375,6 +420,13 @@ class _Wanted:
         if mismatched:
             sections.append(f"\n{len(mismatched)} that do not fit:{errors.listing(mismatched)}")
         raise errors.TargetError(f"The target and the checkpoint {self._stored.location.url} differ." + "".join(sections))
+
+
+def _kind(request: RestoreArgs | None) -> Any:
+    """The type that a request asks for; None for a leaf as it was saved."""
+    if request is not None and request.restore_type is None and isinstance(request, ArrayRestoreArgs):
+        return jax.Array
+    return request and request.restore_type
 
 
 def _leaf_metadata(stored: StoredTree, entry: Entry, directory: epath.Path) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import abc
 import functools
 import reprlib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import attrs
@@ -22,7 +22,7 @@ from ckptkit.options import RestoreDefaults
 if TYPE_CHECKING:
     from ckptkit.processes import Job
 
-__all__ = ["ArrayRestoreArgs", "Leaf", "LeafSpec", "Problem", "RestoreArgs", "SaveArgs", "TypeHandler"]
+__all__ = ["ArrayRestoreArgs", "Kinds", "Leaf", "LeafSpec", "Problem", "RestoreArgs", "SaveArgs", "TypeHandler"]
 
 L = TypeVar("L")
 
@@ -191,6 +191,25 @@ class LeafSpec(NamedTuple):
     extra: Mapping[str, Any] = {}
 
 
+class Kinds(NamedTuple):
+    """Which leaves are alike: what is true of one, but for its name and its values, is true of all of its kind.
+
+    Attributes:
+      numbers: for each leaf the number of its kind; kinds are numbered from 0 on as they appear.
+      keys: for each kind what tells it from all others, of other trees too.
+    """
+
+    numbers: tuple[int, ...]
+    keys: tuple[Hashable, ...]
+
+    @classmethod
+    def of(cls, keys: Iterable[Hashable]) -> Kinds:
+        """The kinds of leaves, of which each has its key."""
+        numbers: dict[Hashable, int] = {}
+        numbered = tuple([numbers.setdefault(key, len(numbers)) for key in keys])
+        return cls(numbered, tuple(numbers))
+
+
 class Problem(NamedTuple):
     """Why a leaf cannot be saved or restored, and what to do about it; the pipeline adds its key path.
 
@@ -219,8 +238,11 @@ class TypeHandler(abc.ABC, Generic[L]):
     def describe(self, leaves: Sequence[Leaf]) -> Sequence[LeafSpec | Problem]:
         """What each leaf will be stored as, or why it cannot be. No I/O and no copy of data."""
 
-    def signature(self, leaves: Sequence[L]) -> Hashable | None:
-        """Equal for leaves for which every answer below would be equal, so that a plan can be used again; None: unknown."""
+    def kinds(self, leaves: Sequence[L]) -> Kinds | None:
+        """Which leaves are alike, so that the methods above and below `stage` are asked for one of each kind; None: unknown.
+
+        A plan of a save is used again for leaves of equal kinds.
+        """
         return None
 
     @abc.abstractmethod
@@ -248,6 +270,10 @@ class TypeHandler(abc.ABC, Generic[L]):
         Where the result names a `restore_type`, the handler of that type restores the leaf.
         """
         return RestoreArgs(target=target, defaults=defaults)
+
+    def requests(self, targets: Sequence[Any], specs: Sequence[LeafSpec], defaults: RestoreDefaults) -> Sequence[RestoreArgs]:
+        """What `request` says of each leaf. The pipeline calls this one, once for all leaves of the handler."""
+        return [self.request(target, spec, defaults) for target, spec in zip(targets, specs, strict=True)]
 
     @abc.abstractmethod
     def needs(self, specs: Sequence[LeafSpec], requests: Sequence[RestoreArgs], job: Job) -> Sequence[Sequence[Index] | Problem]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from ckptkit import errors
 from ckptkit.grid import Array, ArraySpec, Index, chunk_indices, fit_chunk_shape, index_nbytes, index_shape
 from ckptkit.leaves._requests import Wanted, clip, fit, resolve
 from ckptkit.leaves._shares import Shares, holders, holding_processes
-from ckptkit.leaves.base import ArrayRestoreArgs, Leaf, LeafSpec, Problem, RestoreArgs, SaveArgs, TypeHandler
+from ckptkit.leaves.base import ArrayRestoreArgs, Kinds, Leaf, LeafSpec, Problem, RestoreArgs, SaveArgs, TypeHandler
 from ckptkit.metadata.sharding import ShardingMetadata, encode_sharding, to_jax
 from ckptkit.metadata.values import ArrayMetadata
 from ckptkit.options import MAX_CHUNK_BYTE_SIZE, RestoreDefaults
@@ -56,16 +57,16 @@ class JaxArrayHandler(TypeHandler[jax.Array]):
             return [_describe(leaf, layouts) for leaf in leaves]
         return [problems.get(i) or _describe(leaf, layouts) for i, leaf in enumerate(leaves)]
 
-    def signature(self, leaves: Sequence[jax.Array]) -> Hashable | None:
+    def kinds(self, leaves: Sequence[jax.Array]) -> Kinds | None:
         if _problems(leaves):
             return None
         numbers: dict[Any, int] = {}
         shardings = [leaf.sharding for leaf in leaves]
         # By identity, since to hash a sharding takes longer than all the rest, and arrays of a tree share a few of them.
-        kinds = [(leaf.shape, leaf.dtype, id(sharding)) for leaf, sharding in zip(leaves, shardings, strict=True)]
+        kinds = zip([leaf.shape for leaf in leaves], [leaf.dtype for leaf in leaves], map(id, shardings), strict=True)
         numbered = tuple([numbers.setdefault(kind, len(numbers)) for kind in kinds])
         by_id = {id(sharding): sharding for sharding in shardings}
-        return numbered, tuple([(shape, dtype, by_id[number]) for shape, dtype, number in numbers])
+        return Kinds(numbered, tuple([(shape, dtype, by_id[number]) for shape, dtype, number in numbers]))
 
     def owned(self, leaves: Sequence[Leaf], specs: Sequence[LeafSpec], job: Job) -> Sequence[Sequence[Index] | Problem]:
         shardings = {id(sharding): sharding for sharding in [leaf.value.sharding for leaf in leaves]}  # few, and slow to ask
@@ -91,20 +92,24 @@ class JaxArrayHandler(TypeHandler[jax.Array]):
         if self._pinned_host:
             pinned = {i: _in_pinned_host(_raw(leaf), index) for i, (leaf, _, index) in enumerate(pieces) if self._pins(leaf)}
         _start_transfers([leaf for i, (leaf, _, _) in enumerate(pieces) if i not in pinned])
+        whole: dict[int, tuple[bool, Any]] = {}  # by spec, which the leaves of a kind share
         cutters: dict[int, Callable[[Index], Array]] = {}
         staged = []
-        for i, (leaf, (_, array, *_), index) in enumerate(pieces):
-            assert array is not None
+        for i, (leaf, spec, index) in enumerate(pieces):
+            if (known := whole.get(id(spec))) is None:
+                array = _stored_array(spec)
+                known = whole[id(spec)] = array.chunk_shape == leaf.shape, array.dtype
+            in_one_cell, dtype = known
             if i in pinned:
                 data = np.asarray(pinned[i])
-            elif array.chunk_shape == leaf.shape:  # one cell, so one shard; a key's data has an axis more than the key
+            elif in_one_cell:  # so of one shard; a key's data has an axis more than the key
                 data = np.asarray(leaf)
             else:
                 if (cut := cutters.get(id(leaf))) is None:
                     cut = cutters[id(leaf)] = _cutter(_raw(leaf))
                 data = cut(index)
-            if data.dtype != array.dtype:
-                data = data.astype(array.dtype)
+            if data.dtype != dtype:
+                data = data.astype(dtype)
             staged.append(data if data.flags.c_contiguous else np.ascontiguousarray(data))
         return staged
 
@@ -194,9 +199,12 @@ def _problems(values: Sequence[Any]) -> Mapping[int, Problem]:
     """What is wrong, by position. Where nothing is, a question to all of them tells; asking 10,000 one by one takes long."""
     kinds = set(map(type, values))
     arrays = all(issubclass(kind, jax.Array) and not issubclass(kind, jax.core.Tracer) for kind in kinds)
-    if arrays and not any(value.is_deleted() for value in values):
+    if arrays and not any(map(_is_deleted, values)):
         return {}
     return {i: problem for i, value in enumerate(values) if (problem := _problem(value))}
+
+
+_is_deleted = operator.methodcaller("is_deleted")
 
 
 def _problem(value: Any) -> Problem | None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ckptkit.grid import Array, ArraySpec, Index, chunk_indices, fit_chunk_shape, whole
 from ckptkit.leaves._requests import Wanted, clip, resolve, shared_by_all, whole_part
-from ckptkit.leaves.base import Leaf, LeafSpec, Problem, RestoreArgs, TypeHandler
+from ckptkit.leaves.base import Kinds, Leaf, LeafSpec, Problem, RestoreArgs, TypeHandler
 from ckptkit.options import MAX_CHUNK_BYTE_SIZE, RestoreDefaults
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ class NumpyHandler(TypeHandler[Array]):
     def describe(self, leaves: Sequence[Leaf]) -> Sequence[LeafSpec | Problem]:
         return [self._describe(leaf) for leaf in leaves]
 
-    def signature(self, leaves: Sequence[Array]) -> Hashable | None:
-        return tuple([(type(leaf), leaf.shape, leaf.dtype) for leaf in leaves])
+    def kinds(self, leaves: Sequence[Array]) -> Kinds | None:
+        return Kinds.of([(type(leaf), leaf.shape, leaf.dtype) for leaf in leaves])
 
     def _describe(self, leaf: Leaf) -> LeafSpec | Problem:
         if isinstance(leaf.value, np.ma.MaskedArray):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ckptkit.grid import Array, ArraySpec, Index
 from ckptkit.leaves._requests import resolve, shared_by_all
-from ckptkit.leaves.base import Leaf, LeafSpec, Problem, RestoreArgs, TypeHandler
+from ckptkit.leaves.base import Kinds, Leaf, LeafSpec, Problem, RestoreArgs, TypeHandler
 from ckptkit.metadata.values import ScalarMetadata
 from ckptkit.options import RestoreDefaults
 
@@ -31,8 +31,8 @@ class ScalarHandler(TypeHandler[Any]):
     def describe(self, leaves: Sequence[Leaf]) -> Sequence[LeafSpec | Problem]:
         return [self._describe(leaf) for leaf in leaves]
 
-    def signature(self, leaves: Sequence[Any]) -> Hashable | None:
-        return None if any(map(_problem, leaves)) else tuple([_dtype(leaf) for leaf in leaves])
+    def kinds(self, leaves: Sequence[Any]) -> Kinds | None:
+        return None if any(map(_problem, leaves)) else Kinds.of(map(_dtype, leaves))
 
     def _describe(self, leaf: Leaf) -> LeafSpec | Problem:
         value, args = leaf.value, leaf.save_args

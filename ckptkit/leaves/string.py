@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ckptkit.grid import Array, Index
-from ckptkit.leaves.base import Leaf, LeafSpec, Problem, RestoreArgs, TypeHandler
+from ckptkit.leaves.base import Kinds, Leaf, LeafSpec, Problem, RestoreArgs, TypeHandler
 from ckptkit.metadata.values import StringMetadata
 from ckptkit.options import RestoreDefaults
 
@@ -25,8 +25,8 @@ class StringHandler(TypeHandler[str]):
     def describe(self, leaves: Sequence[Leaf]) -> Sequence[LeafSpec | Problem]:
         return [self._describe(leaf) for leaf in leaves]
 
-    def signature(self, leaves: Sequence[str]) -> Hashable | None:
-        return tuple(leaves)  # the text itself is in the spec
+    def kinds(self, leaves: Sequence[str]) -> Kinds | None:
+        return Kinds.of(leaves)  # the text itself is in the spec
 
     def _describe(self, leaf: Leaf) -> LeafSpec | Problem:
         if isinstance(leaf.value, StringMetadata):

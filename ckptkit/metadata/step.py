@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import attrs
@@ -22,6 +23,7 @@ class StepMetadata:
       item_handlers: type string of the handler that wrote it, or of each item's handler by the item's name; None if unknown.
       item_metadata: what that handler, or each item's, says about its content; not part of the file.
       has_checksums: whether the checkpoint has a list of its files with their checksums; Orbax's have none; not part of the file.
+      providers: who provides the handlers, by type string, as 'distribution version'; not part of the file.
       metrics: the user's numbers about the step.
       performance_metrics: how the save went, in numbers.
       init_timestamp_nsecs: when the save began, in nanoseconds since 1970.
@@ -32,6 +34,7 @@ class StepMetadata:
     item_handlers: str | dict[str, str] | None = None
     item_metadata: Any = None
     has_checksums: bool = False
+    providers: Mapping[str, str] = attrs.field(factory=dict)
     metrics: dict[str, Any] = attrs.field(factory=dict)
     performance_metrics: dict[str, float] = attrs.field(factory=dict)
     init_timestamp_nsecs: int | None = None
@@ -39,7 +42,9 @@ class StepMetadata:
     custom_metadata: dict[str, Any] = attrs.field(factory=dict)
 
 
-_FIELDS = [field.name for field in attrs.fields(StepMetadata) if field.name not in ("item_metadata", "has_checksums")]
+_FIELDS = [
+    field.name for field in attrs.fields(StepMetadata) if field.name not in ("item_metadata", "has_checksums", "providers")
+]
 
 
 def encode_step(meta: StepMetadata) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,9 +12,10 @@ import numpy as np
 from ckptkit import errors, tree
 from ckptkit._recent import Recent
 from ckptkit.grid import ArraySpec, Index
-from ckptkit.leaves.base import Leaf, LeafSpec, Problem, SaveArgs, TypeHandler
+from ckptkit.leaves.base import Kinds, Leaf, LeafSpec, Problem, SaveArgs, TypeHandler
 from ckptkit.meeting import current_meeting
 from ckptkit.options import StorageOptions
+from ckptkit.pipeline import answers
 from ckptkit.pipeline.limits import BATCH_BYTE_SIZE, BATCH_LEAVES
 from ckptkit.processes import Job
 from ckptkit.registry import Registry
@@ -46,7 +48,7 @@ class Batch(NamedTuple):
     """Cells of leaves of one type handler that are staged together.
 
     Attributes:
-      pieces: position of the leaf in the tree, its spec, the cell.
+      pieces: position of the leaf in the tree, the spec of its kind, the cell.
       held: host memory that staging them takes beside the caller's arrays, in bytes.
     """
 
@@ -55,36 +57,56 @@ class Batch(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Leaves of one type handler, in the order of the tree."""
+    """Leaves of one type handler, in the order of the tree.
+
+    Attributes:
+      handler: theirs.
+      positions: of the leaves in the tree.
+      numbers: for each leaf the number of its kind.
+      specs: for each kind what is stored of its first leaf.
+      batches: what this process writes.
+    """
 
     handler: TypeHandler[Any]
+    positions: Sequence[int]
+    numbers: Sequence[int]
     specs: Sequence[LeafSpec]
     batches: Sequence[Batch]
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, slots=False)  # slots would leave no room for the cached property
 class SavePlan:
     """What saving a tree will write. It holds no leaf, so that it serves the next tree of the same kind too.
 
     Attributes:
       structure: of the tree, empty nodes included.
-      nodes: per leaf of the structure, its spec, or the empty node itself.
+      empty: the empty nodes, by position.
       groups: the leaves that are stored, by type handler.
+      arrays: the arrays that hold leaves, by the position of the leaf.
       backend: where their chunks go.
       options: for the backend.
       max_inflight_bytes: bound of the host memory that staged copies take.
+      registry: knows whose type handlers and backend they are.
     """
 
     structure: tree.Structure
-    nodes: Sequence[LeafSpec | Any]
+    empty: Mapping[int, Any]
     groups: Sequence[Group]
+    arrays: Mapping[int, ArraySpec]
     backend: StorageBackend
     options: StorageOptions
     max_inflight_bytes: int
+    registry: Registry
 
-    @property
-    def arrays(self) -> list[ArraySpec]:
-        return [spec.array for group in self.groups for spec in group.specs if spec.array is not None]
+    @functools.cached_property
+    def nodes(self) -> Sequence[LeafSpec | Any]:
+        """Per leaf of the structure, its spec, or the empty node itself; made after the caller was let go."""
+        nodes = dict(self.empty)
+        for group in self.groups:
+            for position, number in zip(group.positions, group.numbers, strict=True):
+                typestr, _, *rest = group.specs[number]
+                nodes[position] = LeafSpec(typestr, self.arrays.get(position), *rest)
+        return [nodes[position] for position in range(len(nodes))]
 
 
 _plans: Recent[Hashable, SavePlan] = Recent(4)
@@ -112,6 +134,7 @@ def plan_save(
 
     Raises:
       errors.TreeError: lists every leaf that cannot be saved.
+      errors.PluginError: a type handler or the backend did not return what it must.
     """
     values, structure = tree.flatten(item)
     problems: dict[int, str] = {}
@@ -122,13 +145,16 @@ def plan_save(
 
     def make() -> SavePlan:
         args = [None] * len(values) if save_args is None else tree.flatten_alike(structure, save_args, "save_args")
-        return _plan(structure, values, members, args, backend, options, max_inflight_bytes, problems)
+        alike = {} if job.others or save_args is not None else kinds  # processes share the cells of leaves that are alike
+        groups = [_Members(handler, positions, alike.get(handler)) for handler, positions in members.items()]
+        return _plan(structure, values, groups, args, registry, backend, options, max_inflight_bytes, problems)
 
-    signatures = [(handler, handler.signature([values[i] for i in positions])) for handler, positions in members.items()]
-    if save_args is not None or problems or any(signature is None for _, signature in signatures):
+    kinds = {handler: answers.kinds(registry, handler, [values[i] for i in positions]) for handler, positions in members.items()}
+    if save_args is not None or problems or None in kinds.values():
         return make(), values
-    kinds = tuple(map(type, values))  # which leaf is whose, and which empty node is which
-    return _plans.get((structure, kinds, tuple(signatures), backend, options, max_inflight_bytes, job), make), values
+    types = tuple(map(type, values))  # which leaf is whose, and which empty node is which
+    key = (structure, types, tuple(kinds.items()), registry, backend, options, max_inflight_bytes, job)
+    return _plans.get(key, make), values
 
 
 def _refuse_backend(backend: StorageBackend, job: Job) -> None:
@@ -139,36 +165,87 @@ def _refuse_backend(backend: StorageBackend, job: Job) -> None:
         )
 
 
-def _plan(
+class _Members:
+    """Leaves of one type handler; what holds for a kind of them is asked of the first leaf of the kind.
+
+    Attributes:
+      positions: of the leaves in the tree.
+      numbers: for each leaf the number of its kind.
+      firsts: for each kind its first leaf.
+      found: for each kind what describes that leaf.
+    """
+
+    def __init__(self, handler: TypeHandler[Any], positions: Sequence[int], kinds: Kinds | None) -> None:
+        self.handler = handler
+        self.positions = positions
+        self.numbers: Sequence[int] = range(len(positions)) if kinds is None else kinds.numbers
+        self.firsts: Sequence[Leaf] = ()
+        self.found: Sequence[LeafSpec | Problem] = ()
+
+    def first_positions(self) -> list[int]:
+        """Where the first leaf of each kind is in the tree."""
+        firsts: list[int] = []
+        for position, number in zip(self.positions, self.numbers, strict=True):
+            if number == len(firsts):
+                firsts.append(position)
+        return firsts
+
+    def note(self, found: Sequence[Any], problems: dict[int, str]) -> None:
+        """Keeps the problems among what was found for each kind."""
+        if wrong := {number: each.message for number, each in enumerate(found) if isinstance(each, Problem)}:
+            for position, number in zip(self.positions, self.numbers, strict=True):
+                if number in wrong:
+                    problems.setdefault(position, wrong[number])
+
+    def arrays(self, names: Sequence[str]) -> list[tuple[int, ArraySpec]]:
+        """The arrays of the leaves that have one, by position: those of their kinds, but for the name."""
+        layouts = [spec.array[1:] if isinstance(spec, LeafSpec) and spec.array is not None else None for spec in self.found]
+        each = zip(self.positions, [layouts[number] for number in self.numbers], strict=True)
+        return [(position, ArraySpec(names[position], *layout)) for position, layout in each if layout is not None]
+
+
+def _plan(  # noqa: PLR0913, PLR0917 - what `plan_save` is given, and what it has found
     structure: tree.Structure,
     values: Sequence[Any],
-    members: Mapping[TypeHandler[Any], Sequence[int]],
+    members: Sequence[_Members],
     args: Sequence[Any],
+    registry: Registry,
     backend: StorageBackend,
     options: StorageOptions,
     max_inflight_bytes: int,
     problems: dict[int, str],
 ) -> SavePlan:
     job = current_meeting().job
-    described: dict[TypeHandler[Any], tuple[Sequence[Leaf], Sequence[LeafSpec]]] = {}
-    nodes: list[Any] = list(values)
-    for handler, positions in members.items():
-        leaves = [Leaf(structure.paths[i], structure.names[i], values[i], _checked(args[i], i, problems)) for i in positions]
-        described[handler] = leaves, _described(handler, leaves, positions, problems)
-        for i, spec in zip(positions, described[handler][1], strict=True):
-            nodes[i] = spec
-    stored = sorted(i for positions in members.values() for i in positions)
-    _refusals(backend, [(i, nodes[i].array) for i in stored if i not in problems and nodes[i].array is not None], problems)
-    _raise(structure, problems, tree.name_collisions(structure, stored))
-    owned = {handler: handler.owned(*leaves_and_specs, job) for handler, leaves_and_specs in described.items()}
-    for handler, positions in members.items():
-        problems |= {i: mine.message for i, mine in zip(positions, owned[handler], strict=True) if isinstance(mine, Problem)}
+    arrays: dict[int, ArraySpec] = {}
+    for each in members:
+        each.firsts = [
+            Leaf(tree.key_path(structure.keys[i]), structure.names[i], values[i], _checked(args[i], i, problems))
+            for i in each.first_positions()
+        ]
+        each.found = answers.described(registry, each.handler, each.firsts)
+        each.note(each.found, problems)
+        arrays.update(each.arrays(structure.names))
+    stored = {i for each in members for i in each.positions}
+    _refusals(registry, backend, arrays, problems)
+    _raise(structure, problems, tree.name_collisions(structure, sorted(stored)))
+    owned = [answers.owned(registry, each.handler, each.firsts, _sound(each.found), job) for each in members]
+    for each, found in zip(members, owned, strict=True):
+        each.note(found, problems)
     _raise(structure, problems)
     groups = [
-        Group(handler, specs, list(_batches(handler, members[handler], leaves, specs, owned[handler], max_inflight_bytes)))
-        for handler, (leaves, specs) in described.items()
+        Group(
+            *(each.handler, each.positions, each.numbers, _sound(each.found)),
+            list(_batches(registry, each, cells, max_inflight_bytes)),
+        )
+        for each, cells in zip(members, owned, strict=True)
     ]
-    return SavePlan(structure, nodes, groups, backend, options, max_inflight_bytes)
+    empty = {i: value for i, value in enumerate(values) if i not in stored}
+    return SavePlan(structure, empty, groups, arrays, backend, options, max_inflight_bytes, registry)
+
+
+def _sound(found: Sequence[LeafSpec | Problem]) -> Sequence[LeafSpec]:
+    """What was found, once all problems have been raised."""
+    return found  # type: ignore[return-value]  # a fact that no type says
 
 
 def _raise(structure: tree.Structure, problems: Mapping[int, str], further: Sequence[str] = ()) -> None:
@@ -177,28 +254,31 @@ def _raise(structure: tree.Structure, problems: Mapping[int, str], further: Sequ
         raise errors.TreeError(f"{len(lines)} of {len(structure.paths)} leaves cannot be saved:{errors.listing(lines)}")
 
 
-def _batches(
-    handler: TypeHandler[Any],
-    positions: Sequence[int],
-    leaves: Sequence[Leaf],
-    specs: Sequence[LeafSpec],
-    owned: Sequence[Any],
-    max_inflight_bytes: int,
-) -> Iterator[Batch]:
-    """The cells that this process writes; a batch fits into half the budget, or is one cell."""
+def _batches(registry: Registry, members: _Members, owned: Sequence[Any], max_inflight_bytes: int) -> Iterator[Batch]:
+    """The cells that this process writes; a batch fits into half the budget, or is one cell.
+
+    Args:
+      registry: knows whose type handler it is.
+      members: the leaves.
+      owned: for each kind of the members its cells.
+      max_inflight_bytes: the budget.
+    """
     limit = min(BATCH_BYTE_SIZE, max(1, max_inflight_bytes // 2))
-    each = zip(positions, leaves, specs, owned, strict=True)
-    cells = [(i, leaf.value, spec, cell) for i, leaf, spec, its_cells in each for cell in its_cells]
-    sizes = handler.staged_nbytes([cell[1:] for cell in cells])
-    pieces = [(i, spec, cell) for i, _, spec, cell in cells]
-    start = held = 0
-    for number, size in enumerate(sizes):
-        if number > start and (held + size > limit or number - start >= BATCH_LEAVES):
-            yield Batch(pieces[start:number], held)
-            start, held = number, 0
-        held += size
+    firsts = list(zip(members.firsts, _sound(members.found), owned, strict=True))
+    asked = [(leaf.value, spec, cell) for leaf, spec, cells in firsts for cell in cells]
+    sizes = iter(answers.staged_sizes(registry, members.handler, asked))
+    sized = [[(spec, cell, next(sizes)) for cell in cells] for _, spec, cells in firsts]
+    pieces: list[tuple[int, LeafSpec, Index]] = []
+    held = 0
+    for position, number in zip(members.positions, members.numbers, strict=True):
+        for spec, cell, size in sized[number]:
+            if pieces and (held + size > limit or len(pieces) >= BATCH_LEAVES):
+                yield Batch(pieces, held)
+                pieces, held = [], 0
+            pieces.append((position, spec, cell))
+            held += size
     if pieces:
-        yield Batch(pieces[start:], held)
+        yield Batch(pieces, held)
 
 
 class _Route(NamedTuple):
@@ -214,22 +294,31 @@ def _by_handler(
 ) -> dict[TypeHandler[Any], list[int]]:
     """Positions of the leaves by type handler; leaves that are saved as arrays are replaced by them, in place."""
     positions: dict[TypeHandler[Any], list[int]] = {}
-    routes: dict[type, _Route] = {}
-    for i, value in enumerate(values):
-        kind = type(value)
-        if (route := routes.get(kind)) is None:
-            route = routes[kind] = _route(kind, registry, rules)
+    types = list(map(type, values))
+    for kind in dict.fromkeys(types):  # a few, which saves asking 10,000 leaves
+        route = _route(kind, registry, rules)
+        found = [i for i, each in enumerate(types) if each is kind]
         if route.as_array:
-            try:
-                values[i] = np.asarray(value)
-            except Exception as error:  # noqa: BLE001 - somebody's __array__ may raise anything
-                problems[i] = f"{kind} could not be made an array: {type(error).__name__}: {error}"
-                continue
+            found = _as_arrays(found, values, problems)
         if route.handler is not None:
-            positions.setdefault(route.handler, []).append(i)
-        elif not tree.is_empty_node(value):
-            problems[i] = f"Unsupported type: {kind}; {route.refusal}"
+            positions[route.handler] = sorted([*positions.get(route.handler, ()), *found])
+        else:
+            unsupported = f"Unsupported type: {kind}; {route.refusal}"
+            problems.update({i: unsupported for i in found if not tree.is_empty_node(values[i])})
     return positions
+
+
+def _as_arrays(found: Sequence[int], values: list[Any], problems: dict[int, str]) -> list[int]:
+    """Replaces the leaves at these positions by arrays; which of them could be."""
+    made = []
+    for i in found:
+        try:
+            values[i] = np.asarray(values[i])
+        except Exception as error:  # noqa: BLE001 - somebody's __array__ may raise anything
+            problems[i] = f"{type(values[i])} could not be made an array: {type(error).__name__}: {error}"
+        else:
+            made.append(i)
+    return made
 
 
 def _route(kind: type, registry: Registry, rules: LeafRules) -> _Route:
@@ -254,20 +343,8 @@ def _checked(args: Any, position: int, problems: dict[int, str]) -> SaveArgs | N
     return None
 
 
-def _described(
-    handler: TypeHandler[Any], leaves: Sequence[Leaf], members: Sequence[int], problems: dict[int, str]
-) -> Sequence[LeafSpec]:
-    described = handler.describe(leaves)
-    if len(described) != len(leaves):
-        raise errors.PluginError(f"{type(handler)}.describe returned {len(described)} results for {len(leaves)} leaves.")
-    for i, spec in zip(members, described, strict=True):
-        if isinstance(spec, Problem):
-            problems.setdefault(i, spec.message)
-    return described  # type: ignore[return-value]  # where a Problem is among them, the plan is never made
-
-
-def _refusals(backend: StorageBackend, arrays: Sequence[tuple[int, ArraySpec]], problems: dict[int, str]) -> None:
-    reasons = backend.refuse([array for _, array in arrays])
-    for (i, _), reason in zip(arrays, reasons, strict=True):
-        if reason is not None:
-            problems[i] = reason
+def _refusals(registry: Registry, backend: StorageBackend, arrays: Mapping[int, ArraySpec], problems: dict[int, str]) -> None:
+    asked = {i: array for i, array in arrays.items() if i not in problems} if problems else arrays
+    reasons = answers.refusals(registry, backend, list(asked.values()))
+    if any(reasons):
+        problems.update({i: reason for i, reason in zip(asked, reasons, strict=True) if reason is not None})

@@ -18,11 +18,13 @@ from ckptkit.index import IndexDocument
 from ckptkit.leaves.base import LeafSpec, Problem, RestoreArgs, TypeHandler
 from ckptkit.meeting import current_meeting
 from ckptkit.options import OnCorrupt
+from ckptkit.pipeline import answers
 from ckptkit.pipeline.check import ChunkRead, chunk_problems
 from ckptkit.pipeline.limits import BATCH_BYTE_SIZE, BATCH_LEAVES
 from ckptkit.pipeline.memory import aligned_empty
 from ckptkit.pipeline.sharing import Sharing
 from ckptkit.processes import Job
+from ckptkit.registry import Registry
 from ckptkit.storage.base import PartialReader, Reader
 
 __all__ = ["RestoreItem", "restore_leaves", "unrestorable"]
@@ -49,6 +51,7 @@ class RestoreItem(NamedTuple):
 
 def restore_leaves(
     items: Sequence[RestoreItem],
+    registry: Registry,
     reader: Reader,
     index: IndexDocument | None,
     max_inflight_bytes: int,
@@ -60,6 +63,7 @@ def restore_leaves(
 
     Args:
       items: what to restore.
+      registry: knows whose type handlers and reader they are.
       reader: gives the chunks.
       index: their checksums; None where none were written.
       max_inflight_bytes: bound of the bytes that are read ahead of what is assembled (one leaf may exceed it).
@@ -74,14 +78,14 @@ def restore_leaves(
       errors.CorruptCheckpointError: lists every chunk whose bytes differ from its checksum.
       errors.NotFoundError, errors.FormatError, errors.StorageError: chunks are missing or cannot be read.
     """
-    needs = _needs(items, where)
+    needs = _needs(items, registry, where)
     _warn_of_casts(items)
     meeting = current_meeting()
     if meeting.job.others and on_corrupt == "skip":
         raise errors.ArgsError(
             "on_corrupt='skip' and MultiprocessingOptions(single_reader=True) exclude each other; leave out one."
         )
-    sharing = Sharing(meeting, items, needs, where, max_inflight_bytes)
+    sharing = Sharing(meeting, registry, items, needs, where, max_inflight_bytes)
     tracker = reports.current_tracker("restore")
     tracker.verified = tracker.verified and index is not None
     fetches = _parts if index is None and isinstance(reader, PartialReader) else _cells
@@ -93,14 +97,14 @@ def restore_leaves(
     try:
         for following in [*batches, None]:
             if following is not None:
-                ahead.append(_start_reading(following, items, needs, sharing, reader, fetches))
+                ahead.append(_start_reading(following, items, needs, sharing, registry, reader, fetches))
             if ahead and (following is None or len(ahead) > 1):
                 reading = ahead.pop(0)
                 for key_path, error in _damage(reading, reader, index):
                     damage.setdefault(key_path, []).append(error)
                 sharing.exchange(reading.batch.positions, reading.parts, failed=bool(damage))
                 if not (damage or sharing.failed) or on_corrupt == "skip":
-                    _assemble(reading, items, damage, leaves)
+                    _assemble(reading, items, registry, damage, leaves)
                 tracker.advance(reading.batch.byte_count)
     except Exception:
         sharing.give_up([batch.positions for batch in batches])
@@ -112,25 +116,26 @@ def restore_leaves(
     return leaves
 
 
-def unrestorable(items: Sequence[RestoreItem]) -> list[str]:
+def unrestorable(items: Sequence[RestoreItem], registry: Registry) -> list[str]:
     """For each leaf that cannot be restored as requested, its key path and why."""
-    answers = zip(items, _answers(items), strict=True)
-    return [f"{item.key_path}: {answer.message}" for item, answer in answers if isinstance(answer, Problem)]
+    needs = zip(items, _answers(items, registry), strict=True)
+    return [f"{item.key_path}: {need.message}" for item, need in needs if isinstance(need, Problem)]
 
 
-def _answers(items: Sequence[RestoreItem]) -> list[Any]:
+def _answers(items: Sequence[RestoreItem], registry: Registry) -> list[Any]:
     """For each leaf the parts that must be read, or the `Problem` with it."""
-    answers: list[Any] = [None] * len(items)
+    needs: list[Any] = [None] * len(items)
     for handler, members in _grouped(items).items():
-        found = handler.needs([items[i].spec for i in members], [items[i].request for i in members], Job())
-        for i, answer in zip(members, found, strict=True):
-            answers[i] = answer
-    return answers
+        specs, requests = [items[i].spec for i in members], [items[i].request for i in members]
+        found = answers.needed(registry, handler, specs, requests, Job())
+        for i, need in zip(members, found, strict=True):
+            needs[i] = need
+    return needs
 
 
 @paused_gc()
-def _needs(items: Sequence[RestoreItem], where: str) -> list[Sequence[Index]]:
-    needs = _answers(items)
+def _needs(items: Sequence[RestoreItem], registry: Registry, where: str) -> list[Sequence[Index]]:
+    needs = _answers(items, registry)
     problems = [(item.key_path, need) for item, need in zip(items, needs, strict=True) if isinstance(need, Problem)]
     if not problems:
         return needs
@@ -249,6 +254,7 @@ def _start_reading(
     items: Sequence[RestoreItem],
     needs: Sequence[Sequence[Index]],
     sharing: Sharing,
+    registry: Registry,
     reader: Reader,
     fetches: _Fetches,
 ) -> _Reading:
@@ -261,7 +267,8 @@ def _start_reading(
         parts.append(buffers)
         if array is not None:
             fetched += fetches(item, array, {index: buffers[index] for index in sharing.reads(i)})
-    future = reader.read([(f.array.name, f.index, f.out) for f in fetched])
+    with answers.calling(registry, reader, "read") as asked:
+        future = answers.instance(asked, reader.read([(f.array.name, f.index, f.out) for f in fetched]), Future)
     return _Reading(batch, parts, fetched, future)
 
 
@@ -340,15 +347,15 @@ def _tell(
 
 
 @paused_gc()
-def _assemble(reading: _Reading, items: Sequence[RestoreItem], damage: Container[KeyPath], leaves: list[Any]) -> None:
+def _assemble(
+    reading: _Reading, items: Sequence[RestoreItem], registry: Registry, damage: Container[KeyPath], leaves: list[Any]
+) -> None:
     """Puts the leaves that are whole into their places."""
     whole = [(i, part) for i, part in zip(reading.batch.positions, reading.parts, strict=True) if items[i].key_path not in damage]
     if not whole:
         return
     members = [items[i] for i, _ in whole]
-    handler = members[0].handler
-    made = handler.assemble([item.spec for item in members], [item.request for item in members], [part for _, part in whole])
-    if len(made) != len(members):
-        raise errors.PluginError(f"{type(handler)}.assemble returned {len(made)} leaves for {len(members)}.")
+    specs, requests = [item.spec for item in members], [item.request for item in members]
+    made = answers.assembled(registry, members[0].handler, specs, requests, [part for _, part in whole])
     for (i, _), leaf in zip(whole, made, strict=True):
         leaves[i] = leaf

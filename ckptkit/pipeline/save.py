@@ -7,30 +7,34 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import attrs
 
 from ckptkit import errors, reports
 from ckptkit._gc import paused_gc
-from ckptkit.grid import Array, Chunk, index_nbytes, index_shape
+from ckptkit.grid import index_nbytes
 from ckptkit.index import Checksums
 from ckptkit.leaves.base import TypeHandler
 from ckptkit.location import Location
 from ckptkit.meeting import Meeting, current_meeting
-from ckptkit.pipeline import together
+from ckptkit.pipeline import answers, together
 from ckptkit.pipeline.plan import Batch, SavePlan
 from ckptkit.storage.base import Writer
 
 __all__ = ["start_save"]
 
 
+_HOLD_BACK_SECS: Final = 0.1
+"""How long the writer holds back at most until the call has returned: two threads would take turns of 5 ms at the interpreter."""
+
+
 class _Staged(NamedTuple):
-    """A batch on its way to storage: its type handler, its plan, and the values of its cells."""
+    """A batch on its way to storage: its type handler, its plan, and what was staged of it."""
 
     handler: TypeHandler[Any]
     batch: Batch
-    arrays: Sequence[Array]
+    arrays: Any
 
 
 class _SaveFuture(Future[None]):
@@ -99,7 +103,7 @@ def start_save(
     batches: SimpleQueue[_Staged | None] = SimpleQueue()
     budget = _Budget(plan.max_inflight_bytes)
     tracker = reports.current_tracker("save")
-    tracker.expect(_byte_count(plan, current_meeting()), sum([len(group.specs) for group in plan.groups]))
+    tracker.expect(_byte_count(plan, current_meeting()), sum([len(group.positions) for group in plan.groups]))
     # Not a daemon: the interpreter waits for it at exit, so that a save under way is finished.
     writer = threading.Thread(
         target=_write,
@@ -110,6 +114,7 @@ def start_save(
     try:
         for handler, batch in [(group.handler, batch) for group in plan.groups for batch in group.batches]:
             if not budget.fits(batch.held) and not writer.ident:
+                tracker.let_go.set()  # the call needs the writer, whatever that takes from it
                 with contextlib.suppress(RuntimeError):
                     writer.start()
                 if not writer.ident:
@@ -117,7 +122,7 @@ def start_save(
             budget.acquire(batch.held)
             if result.done():
                 break
-            with paused_gc():
+            with paused_gc(), answers.calling(plan.registry, handler, "stage"):
                 staged = handler.stage([(values[i], spec, cell) for i, spec, cell in batch.pieces])
             batches.put(_Staged(handler, batch, staged))
     except BaseException:
@@ -131,6 +136,7 @@ def start_save(
         with contextlib.suppress(RuntimeError):  # Python 3.12 starts none once the main thread has ended
             writer.start()
     if not writer.ident:
+        tracker.let_go.set()
         writer.run()  # then the caller writes, once everything is staged, whatever memory that took
     return result
 
@@ -138,31 +144,10 @@ def start_save(
 def _byte_count(plan: SavePlan, meeting: Meeting) -> int:
     """Bytes of leaves that this process writes."""
     if not meeting.job.others:
-        return sum([array.nbytes for array in plan.arrays])
+        sizes = [[spec.array.nbytes if spec.array else 0 for spec in group.specs] for group in plan.groups]
+        return sum([each[number] for group, each in zip(plan.groups, sizes, strict=True) for number in group.numbers])
     pieces = [piece for group in plan.groups for batch in group.batches for piece in batch.pieces]
     return sum([index_nbytes(spec.array, cell) for _, spec, cell in pieces if spec.array is not None])
-
-
-def _chunks(staged: _Staged) -> Sequence[Chunk]:
-    """What was staged, as the backend takes it.
-
-    Raises:
-      errors.PluginError: the type handler did not return what it must.
-    """
-    handler, (pieces, _), arrays = staged
-    if len(arrays) != len(pieces):
-        raise errors.PluginError(f"{type(handler)}.stage returned {len(arrays)} arrays for {len(pieces)} cells.")
-    chunks = []
-    for (_, spec, cell), data in zip(pieces, arrays, strict=True):
-        array = spec.array
-        assert array is not None
-        if data.dtype != array.dtype or data.shape != index_shape(cell) or not data.flags.c_contiguous:
-            raise errors.PluginError(
-                f"{type(handler)}.stage returned a {data.dtype} array of shape {data.shape} for {array.name!r}; "
-                f"expected a C-contiguous {array.dtype} array of shape {index_shape(cell)}."
-            )
-        chunks.append(Chunk(array, cell, data))
-    return chunks
 
 
 def _write(
@@ -176,21 +161,25 @@ def _write(
     result: _SaveFuture,
 ) -> None:
     """The writing thread: what is staged goes to the backend, then the documents go to the location."""
-    checksums = {array.name: Checksums(array) for array in plan.arrays}
+    tracker.let_go.wait(_HOLD_BACK_SECS)
     try:
+        arrays = list(plan.arrays.values())
+        checksums = {array.name: Checksums(array) for array in arrays}
         _check_wanted(result)  # an interrupted caller that saw no thread yet has not waited for this one
         location = place()
         together.compare(meeting, plan, location)
-        names = [array.name for array in plan.arrays]
-        tracker.covered.update(f"{location.url}/{path}" for path in plan.backend.data_directories(names))
-        with paused_gc():
-            writer = plan.backend.writer(location, plan.arrays, plan.options, meeting.job)
+        with answers.calling(plan.registry, plan.backend, "data_directories") as asked:
+            covered = answers.directories(asked, plan.backend.data_directories(list(checksums)))
+        tracker.covered.update(f"{location.url}/{path}" for path in covered)
+        with paused_gc(), answers.calling(plan.registry, plan.backend, "writer") as asked:
+            writer = answers.instance(asked, plan.backend.writer(location, arrays, plan.options, meeting.job), Writer)
         try:
             while (staged := batches.get()) is not None and not result.cancel_requested.is_set():
-                _write_batch(writer, _chunks(staged), checksums, _Written(budget, staged.batch.held, tracker))
+                _write_batch(plan, writer, staged, checksums, _Written(budget, staged.batch.held, tracker))
                 del staged  # a view keeps jax from reusing a donated buffer; let it go as soon as its bytes are written
             _check_wanted(result)
-            writer.commit()
+            with answers.calling(plan.registry, writer, "commit"):
+                writer.commit()
         except BaseException:
             writer.abort()
             raise
@@ -212,9 +201,12 @@ def _check_wanted(result: _SaveFuture) -> None:
 
 
 @paused_gc()
-def _write_batch(writer: Writer, chunks: Sequence[Chunk], checksums: Mapping[str, Checksums], written: _Written) -> None:
+def _write_batch(plan: SavePlan, writer: Writer, staged: _Staged, checksums: Mapping[str, Checksums], written: _Written) -> None:
+    cells = [(plan.arrays[i], cell) for i, _, cell in staged.batch.pieces]
+    chunks = answers.chunks(plan.registry, staged.handler, cells, staged.arrays)
     written.byte_count = sum([chunk.data.nbytes for chunk in chunks])
-    writer.write(chunks).add_done_callback(written)
+    with answers.calling(plan.registry, writer, "write") as asked:
+        answers.instance(asked, writer.write(chunks), Future).add_done_callback(written)
     for chunk in chunks:
         checksums[chunk.array.name].add(chunk.index, chunk.data)
 

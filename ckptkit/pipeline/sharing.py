@@ -17,11 +17,12 @@ import numpy as np
 from ckptkit import errors
 from ckptkit._telling import named
 from ckptkit.grid import Array, Index, index_nbytes
-from ckptkit.leaves.base import LeafSpec, RestoreArgs, TypeHandler
+from ckptkit.leaves.base import TypeHandler
 from ckptkit.meeting import Meeting
-from ckptkit.pipeline import alike
+from ckptkit.pipeline import alike, answers
 from ckptkit.pipeline.limits import BATCH_BYTE_SIZE
 from ckptkit.pipeline.memory import aligned_empty
+from ckptkit.registry import Registry
 
 if TYPE_CHECKING:
     from ckptkit.pipeline.restore import RestoreItem
@@ -44,6 +45,7 @@ class Sharing:
     def __init__(
         self,
         meeting: Meeting,
+        registry: Registry,
         items: Sequence[RestoreItem],
         needs: Sequence[Sequence[Index]],
         where: str,
@@ -53,6 +55,7 @@ class Sharing:
 
         Args:
           meeting: of the processes.
+          registry: knows whose type handlers they are.
           items: what to restore.
           needs: the parts of each that this process needs.
           where: the checkpoint.
@@ -71,7 +74,7 @@ class Sharing:
         self._cut_off = False  # the devices failed, so that nobody waits for this process
         self._exchanged = 0
         if self.several:
-            self._shared = _shared(items, meeting)
+            self._shared = _shared(items, needs, registry, meeting)
             self._specs = [item.spec for item in items]
             facts = [alike.Facts(item.key_path, _told(item, shared)) for item, shared in zip(items, self._shared, strict=True)]
             alike.agree(meeting, self._point, facts, {"path": where, "bytes in flight": max_inflight_bytes})
@@ -159,16 +162,18 @@ def _overlaps(sizes: Sequence[int], start: int, nbytes: int) -> Iterator[tuple[i
         first += size
 
 
-def _shared(items: Sequence[RestoreItem], meeting: Meeting) -> list[_Shared]:
+def _shared(
+    items: Sequence[RestoreItem], needs: Sequence[Sequence[Index]], registry: Registry, meeting: Meeting
+) -> list[_Shared]:
     """For each leaf, the parts that several processes need."""
     found: list[_Shared] = [{}] * len(items)
     members: dict[TypeHandler[Any], list[int]] = {}
     for i, item in enumerate(items):
         members.setdefault(item.handler, []).append(i)
     for handler, positions in members.items():
-        specs: list[LeafSpec] = [items[i].spec for i in positions]
-        requests: list[RestoreArgs] = [items[i].request for i in positions]
-        for i, shared in zip(positions, handler.sharers(specs, requests, meeting.job), strict=True):
+        specs, requests = [items[i].spec for i in positions], [items[i].request for i in positions]
+        parts = [needs[i] for i in positions]
+        for i, shared in zip(positions, answers.shared(registry, handler, specs, requests, parts, meeting.job), strict=True):
             found[i] = shared
     return found
 

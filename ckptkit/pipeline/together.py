@@ -17,7 +17,7 @@ from ckptkit.leaves.base import LeafSpec
 from ckptkit.location import Location
 from ckptkit.meeting import Meeting
 from ckptkit.metadata import json
-from ckptkit.pipeline import alike
+from ckptkit.pipeline import alike, answers
 from ckptkit.pipeline.plan import SavePlan
 from ckptkit.reports import Tracker
 from ckptkit.storage.base import ManyWriters
@@ -54,7 +54,9 @@ def joined(
         for process in meeting.job.others:
             _learn(location, _part_file(process), checksums)
         assert isinstance(plan.backend, ManyWriters)
-        tracker.covered.update(f"{location.url}/{path}" for path in plan.backend.merge(location, meeting.job))
+        with answers.calling(plan.registry, plan.backend, "merge") as asked:
+            covered = answers.directories(asked, plan.backend.merge(location, meeting.job))
+        tracker.covered.update(f"{location.url}/{path}" for path in covered)
     return {name: sums.texts() for name, sums in checksums.items()}
 
 

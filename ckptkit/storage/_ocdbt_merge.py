@@ -11,7 +11,7 @@ import attrs
 import numpy as np
 import tensorstore as ts
 
-from ckptkit import commit
+from ckptkit import _filesystem
 from ckptkit._gc import paused_gc
 from ckptkit.location import Location
 from ckptkit.options import StorageOptions
@@ -40,7 +40,7 @@ class PartWriter(OcdbtWriter):
     def commit(self) -> None:
         super().commit()
         if self._synced_here and self._part.local_path is not None:
-            commit.sync_directory(self._part.local_path)
+            _filesystem.sync_directory(self._part.local_path)
 
 
 def _directory(process: int) -> str:

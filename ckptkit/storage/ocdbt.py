@@ -33,8 +33,9 @@ class OcdbtBackend(ManyWriters):
 
     def refuse(self, arrays: Sequence[ArraySpec]) -> Sequence[str | None]:
         kinds = {array[1:]: array for array in arrays}
-        prefixes = {key_prefix(array.name) for array in arrays}
-        if len(prefixes) == len(arrays) and not any(map(refusal, kinds.values())) and _is_encodable("".join(prefixes)):
+        names = [array.name for array in arrays]
+        prefixes = set(map(key_prefix, names))
+        if len(prefixes) == len(arrays) and not any(map(refusal, kinds.values())) and _is_encodable("".join(names)):
             return [None] * len(arrays)
         owners: dict[str, str] = {}
         return [refusal(array) or _name_refusal(array.name, owners) for array in arrays]

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptkit.args import PyTreeRestore
-from ckptkit.leaves import Leaf, LeafSpec, Problem, SaveArgs, TypeHandler
+from ckptkit.leaves import Kinds, Leaf, LeafSpec, Problem, SaveArgs, TypeHandler
 from ckptkit.options import RestoreDefaults
 from ckptkit.registry import Registry
 from ckptkit.storage import Index, Job, Location, chunk_indices
@@ -102,19 +102,23 @@ class TypeHandlerTests:
         assert list(handler.describe(leaves)) == alone
         assert list(handler.describe(leaves[::-1])) == alone[::-1]
 
-    @promise("Leaves with one signature are described alike, since a plan is used again for them.", f"{_HANDLER}.signature")
+    @promise("Leaves of one kind are described alike, since the first of them speaks for all.", f"{_HANDLER}.kinds")
     @given(data=st.data())
     @drawn
-    def test_equal_signatures_mean_equal_specs(
+    def test_leaves_of_one_kind_have_equal_specs(
         self, handler: TypeHandler[Any], make_leaf: Callable[[int], Any], data: st.DataObject
     ) -> None:
-        one, other = (make_leaf(data.draw(st.integers(0, 200))) for _ in range(2))
-        signature = handler.signature([one])
-        hash(signature)
-        if signature is None or signature != handler.signature([other]):
+        leaves = [make_leaf(data.draw(st.integers(0, 200))) for _ in range(4)]
+        kinds = handler.kinds(leaves)
+        if kinds is None:
             return
-        first, second = (handler.describe([Leaf(("a",), "a", leaf, None)]) for leaf in (one, other))
-        assert first == second, f"{one!r} and {other!r} have the signature {signature!r}"
+        hash(kinds)
+        assert len(kinds.numbers) == len(leaves)
+        assert list(dict.fromkeys(kinds.numbers)) == list(range(len(kinds.keys)))
+        assert [handler.kinds([leaf]) for leaf in leaves] == [Kinds((0,), (kinds.keys[number],)) for number in kinds.numbers]
+        specs = [handler.describe([Leaf(("a",), "a", leaf, None)])[0] for leaf in leaves]
+        firsts = [specs[kinds.numbers.index(number)] for number in kinds.numbers]
+        assert specs == firsts, f"{leaves!r} have the kinds {kinds!r}"
 
     @promise("A single process writes every cell of the grid, each once.", f"{_HANDLER}.owned")
     def test_every_cell_is_owned_once(self, handler: TypeHandler[Any], make_leaf: Callable[[int], Any]) -> None:

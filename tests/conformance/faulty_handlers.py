@@ -12,7 +12,7 @@ import numpy as np
 from ckptkit import reports
 from ckptkit.args import CheckpointArgs
 from ckptkit.handlers import AsyncCheckpointHandler, CheckpointHandler
-from ckptkit.leaves import LeafSpec, TypeHandler
+from ckptkit.leaves import Kinds, LeafSpec, TypeHandler
 from ckptkit.storage import ArraySpec, chunk_indices, whole
 
 
@@ -89,7 +89,7 @@ LEAVES = {
     "test_leaves_of_a_batch_do_not_mix": leaf(
         describe=lambda self, leaves: [self.spec(leaf._replace(value=leaves[0].value)) for leaf in leaves]
     ),
-    "test_equal_signatures_mean_equal_specs": leaf(signature=lambda self, leaves: len(leaves)),
+    "test_leaves_of_one_kind_have_equal_specs": leaf(kinds=lambda self, leaves: Kinds.of([0] * len(leaves))),
     "test_every_cell_is_owned_once": leaf(owned=lambda self, leaves, specs, job: [[] for _ in specs]),
     "test_stages_what_it_described": leaf(stage=lambda self, pieces: [leaf.values.astype(float) for leaf, _, _ in pieces]),
     "test_assembles_what_it_staged": leaf(assemble=reversed_values),

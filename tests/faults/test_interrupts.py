@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import ckptkit
+from ckptkit import _lifetime
 
 _FOLDER = os.path.dirname(ckptkit.__file__)
 
@@ -91,3 +92,4 @@ def test_ctrl_c_at_any_line_leaves_one_whole_checkpoint_and_no_lock(tmp_path: Pa
         if not more:
             break
     assert version > 0
+    assert not [save for save in _lifetime._under_way if save.goes_on()], "the exit of this process would wait for them"

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ckptkit import Registry
-from ckptkit.leaves import Leaf, LeafSpec, Problem, RestoreArgs, TypeHandler
+from ckptkit.leaves import Kinds, Leaf, LeafSpec, Problem, RestoreArgs, TypeHandler
 from ckptkit.options import RestoreDefaults
 from ckptkit.storage import Index, Job, whole
 
@@ -48,10 +48,8 @@ class TorchHandler(TypeHandler["torch.Tensor"]):
         described = iter(self._arrays.describe([leaf._replace(value=_outline(leaf.value)) for leaf in sound]))
         return [flaw or _own(next(described)) for flaw in flaws]
 
-    def signature(self, leaves: Sequence[torch.Tensor]) -> Hashable | None:
-        if any(map(_tensors().flaw, leaves)):
-            return None
-        return tuple([(leaf.shape, leaf.dtype) for leaf in leaves])
+    def kinds(self, leaves: Sequence[torch.Tensor]) -> Kinds | None:
+        return None if any(map(_tensors().flaw, leaves)) else Kinds.of([(leaf.shape, leaf.dtype) for leaf in leaves])
 
     def owned(self, leaves: Sequence[Leaf], specs: Sequence[LeafSpec], job: Job) -> Sequence[Sequence[Index] | Problem]:
         return self._arrays.owned(leaves, specs, job)
