@@ -1,6 +1,6 @@
 """Measures what several processes cost: saves and restores of real jobs, meetings on a real coordination service, merges.
 
-    python benchmarks/processes.py                              # 1, 2, 4 processes, 1,000 leaves of 16 KB, beside Orbax
+    python benchmarks/processes.py                              # 1 to 8 processes, 1,000 leaves of 16 KB, beside Orbax
     python benchmarks/processes.py --processes 4 --leaves 100 --kilobytes 4096
     python benchmarks/processes.py --parts meetings,merge       # the constants of the model in docs/scaling.md
 
@@ -202,7 +202,7 @@ def main() -> None:
     """Runs what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default="saves", help=f"some of {', '.join(PARTS)}")
-    parser.add_argument("--processes", default="1,2,4", help="numbers of processes of the jobs")
+    parser.add_argument("--processes", default="1,2,4,8", help="numbers of processes of the jobs")
     parser.add_argument("--programs", default="ckptkit,orbax", help="who saves")
     parser.add_argument("--leaves", type=int, default=1000)
     parser.add_argument("--kilobytes", type=int, default=16, help="size of a leaf")

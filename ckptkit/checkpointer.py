@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +20,7 @@ from ckptkit.metadata.json import checked_custom
 from ckptkit.metadata.step import StepMetadata
 from ckptkit.options import FileOptions, MultiprocessingOptions
 from ckptkit.pipeline import answers
-from ckptkit.processes import job_of
+from ckptkit.processes import Job, job_of
 from ckptkit.registry import Registry
 from ckptkit.saving import Beginning, Saving
 
@@ -114,12 +115,13 @@ class Checkpointer:
           errors.IncompleteError: a save that never finished.
           errors.TargetError: lists every disagreement between checkpoint and target.
           errors.CorruptCheckpointError: bytes differ from what was written.
+          errors.ProcessError: with `MultiprocessingOptions(single_reader=True)`, other processes restore something else.
         """
         self._check_open()
         start = time.monotonic()
         registry = discovery.ready(self._registry)
         for attempt in choosing.attempts(registry, directory):
-            with attempt as location:
+            with attempt as location, self._reading_together():
                 tracker = reports.Tracker("restore", location.url, self._notifier.progress)
                 handler = self._handler
                 try:
@@ -219,10 +221,7 @@ class Checkpointer:
             begin = Beginning(meet, registry, location, force=force, mode=self._file_options.path_permission_mode, facts=facts)
             ending: Beginning | Saving = begin  # whoever ends the save if this call does not
             deferred = (
-                self._deferring
-                and not meet.job.others  # which make it together
-                and location.local_path is not None
-                and isinstance(handler, DeferredPathAsyncCheckpointHandler)
+                self._deferring and location.local_path is not None and isinstance(handler, DeferredPathAsyncCheckpointHandler)
             )
             try:
                 tracker = reports.Tracker("save", location.url, self._notifier.progress)
@@ -243,6 +242,12 @@ class Checkpointer:
                 raise
             saving.blocking_secs = time.monotonic() - start
             return saving
+
+    def _reading_together(self) -> contextlib.AbstractContextManager[None]:
+        """A meeting with those who read for each other, if any do."""
+        options = self._processes
+        job = job_of(options) if options.single_reader else Job()
+        return meeting.restoring(job, options.barrier_sync_key_prefix, options.timeout_secs)
 
     def _get_ready(self) -> None:
         """What must have ended before the next save begins."""

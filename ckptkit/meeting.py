@@ -1,4 +1,4 @@
-"""Where the processes of a job meet while they save together, on the key-value store of JAX's coordination service.
+"""Where the processes of a job meet while they save or restore together, on the key-value store of JAX's coordination service.
 
 No device takes part, so that a save in the background disturbs no training step. At each point of a save every process brings
 something (`gather`), and the primary tells what came of it (`tell`, `hear`). Keys lie below one prefix per save, which the
@@ -35,7 +35,7 @@ from ckptkit._coordination import Store
 from ckptkit._telling import by_value, decoded, encoded, named
 from ckptkit.processes import Job, coordination_client
 
-__all__ = ["Meeting", "attending", "convene", "convened", "current_meeting", "on_primary"]
+__all__ = ["Meeting", "attending", "convene", "convened", "current_meeting", "on_primary", "restoring"]
 
 _FIRST_PAUSE_SECS: Final = 0.001
 _LAST_PAUSE_SECS: Final = 0.1
@@ -47,18 +47,20 @@ _ENDING_SECS: Final = 10.0
 
 
 class Meeting:
-    """One save of several processes; of a single one, where nothing is sent or awaited."""
+    """One save or restore of several processes; of a single one, where nothing is sent or awaited."""
 
-    def __init__(self, job: Job | None = None, prefix: str = "", timeout_secs: float = 60) -> None:
+    def __init__(self, job: Job | None = None, prefix: str = "", timeout_secs: float = 60, doing: str = "save") -> None:
         """Begins to give signs of life, until `end`.
 
         Args:
           job: who takes part; None for one process.
           prefix: of this save's keys.
           timeout_secs: after so long without a sign of life a process counts as lost.
+          doing: 'save' or 'restore', for messages.
         """
         self.job = job or Job()
         self.timeout_secs = timeout_secs
+        self._doing = doing
         self._prefix = prefix
         self._store = Store(coordination_client()) if self.job.others else None
         self._failed = False  # it was told to others, or heard from them
@@ -66,8 +68,13 @@ class Meeting:
         if self._store is not None:
             threading.Thread(target=self._live, name="ckptkit-alive", daemon=True).start()
 
-    def gather(self, point: str, brought: bytes = b"") -> Mapping[int, bytes] | None:
+    def gather(self, point: str, brought: bytes = b"", of: Sequence[int] | None = None) -> Mapping[int, bytes] | None:
         """What every process brought, by its index, on the primary, once all have come; None on others, which do not wait.
+
+        Args:
+          point: names what they meet for.
+          brought: by this process.
+          of: the only ones, beside the primary, that come to this point; None for all.
 
         Raises:
           errors.TimeoutError: names those that did not come, nor gave a sign of life.
@@ -82,7 +89,7 @@ class Meeting:
         watch = _Watch(self._beats, self.timeout_secs)
         for pause in _pauses():
             found |= self._listed(point)
-            missing = [process for process in self.job.processes if process not in found]
+            missing = [process for process in of or self.job.processes if process not in found]
             if not missing:
                 return found
             self.raise_failure()
@@ -105,8 +112,16 @@ class Meeting:
             self.raise_failure()
             self._raise_lost(watch.lost([self.job.primary]), point)
 
-    def agree(self, point: str, facts: Mapping[str, Any]) -> None:
+    def agree(
+        self, point: str, facts: Mapping[str, Any], explain: Callable[[int, Mapping[str, Any]], str | None] | None = None
+    ) -> None:
         """Compares what each process says, by name; the primary raises, and others hear of it at their next `hear`.
+
+        Args:
+          point: names what they meet for.
+          facts: what this process says.
+          explain: called on the primary with a process that says something else, and with what it says; may add a line to the
+            message.
 
         Raises:
           errors.ProcessError: names what differs, and on which processes.
@@ -118,9 +133,12 @@ class Meeting:
         differing = [name for name in facts if any(each.get(name) != facts[name] for each in said.values())]
         if differing:
             lines = [f"{name}: {by_value({p: each.get(name) for p, each in said.items()})}" for name in differing]
+            other = min(process for process, each in said.items() if each != facts)
+            if explain is not None and (line := explain(other, said[other])) is not None:
+                lines.append(line)
             raise errors.ProcessError(
-                f"the processes of the job do not save the same, so nothing was saved:{errors.listing(lines)}\nEvery process "
-                "must call save with the same path, and a tree of the same kind."
+                f"the processes of the job do not {self._doing} the same, so nothing was {self._doing}d:{errors.listing(lines)}\n"
+                f"Every process must call {self._doing} with the same path, and a tree of the same kind."
             )
 
     def wait(self, writing: Sequence[futures.Future[Any]]) -> None:
@@ -219,10 +237,10 @@ class Meeting:
     def _raise_lost(self, lost: Sequence[int], point: str) -> None:
         if lost:
             error = errors.TimeoutError(
-                f"{named(lost)} of {self.job.process_count} did not come to the point {point.partition('-')[0]!r} of the save, "
-                f"and gave no sign of life for {self.timeout_secs:g} s: killed, stopped, or not calling save. Process "
-                f"{self.job.process_index} gave up, and no checkpoint was made. MultiprocessingOptions(timeout_secs=...) waits "
-                "longer."
+                f"{named(lost)} of {self.job.process_count} did not come to the point {point.partition('-')[0]!r} of the "
+                f"{self._doing}, and gave no sign of life for {self.timeout_secs:g} s: killed, stopped, or not calling "
+                f"{self._doing}. Process {self.job.process_index} gave up, and nothing was {self._doing}d. "
+                "MultiprocessingOptions(timeout_secs=...) waits longer."
             )
             error.missing = tuple(lost)
             raise error
@@ -280,9 +298,9 @@ _lock = threading.Lock()
 
 
 @contextlib.contextmanager
-def convened(job: Job, key_prefix: str | None, timeout_secs: float) -> Iterator[Meeting]:
+def convened(job: Job, key_prefix: str | None, timeout_secs: float, doing: str = "save") -> Iterator[Meeting]:
     """As `convene`; where the body raises, the others are told."""
-    meeting = convene(job, key_prefix, timeout_secs)
+    meeting = convene(job, key_prefix, timeout_secs, doing)
     try:
         yield meeting
     except BaseException as error:
@@ -291,8 +309,18 @@ def convened(job: Job, key_prefix: str | None, timeout_secs: float) -> Iterator[
         raise
 
 
-def convene(job: Job, key_prefix: str | None, timeout_secs: float) -> Meeting:
-    """The meeting for this process's next save: the n-th call of one process meets the n-th of the others.
+@contextlib.contextmanager
+def restoring(job: Job, key_prefix: str | None, timeout_secs: float) -> Iterator[None]:
+    """A meeting of a restore, as `convene` makes it, from beginning to end."""
+    with convened(job, key_prefix, timeout_secs, "restore") as meeting, attending(meeting):
+        if meeting.job.is_primary:
+            meeting.tidy()
+        yield
+        meeting.end()
+
+
+def convene(job: Job, key_prefix: str | None, timeout_secs: float, doing: str = "save") -> Meeting:
+    """The meeting for this process's next save or restore: the n-th call of one process meets the n-th of the others.
 
     A process that was given up, or started again, joins the save that the primary is at.
 
@@ -300,6 +328,7 @@ def convene(job: Job, key_prefix: str | None, timeout_secs: float) -> Meeting:
       job: who takes part.
       key_prefix: tells apart what several threads save at once.
       timeout_secs: as for `Meeting`.
+      doing: the same.
     """
     if not job.others:
         return Meeting(job)
@@ -318,7 +347,7 @@ def convene(job: Job, key_prefix: str | None, timeout_secs: float) -> Meeting:
             line.kept.append(line.number)
         else:
             line.number = _joined(store, root, line.number, job.process_index)
-        return Meeting(job, f"{root}/{line.number}", timeout_secs)
+        return Meeting(job, f"{root}/{line.number}", timeout_secs, doing)
 
 
 def _now(store: Store, root: str) -> tuple[int, bool]:

@@ -68,7 +68,8 @@ class AsyncOptions:
       barrier_sync_fn: unused in a single process; kept so that code written for Orbax runs.
       post_finalization_callback: called with no arguments in the background after each commit.
       create_directories_asynchronously: the directory is made in the background, for handlers that take one that is not there
-        yet; what goes wrong with it (another writer, no permission) is then an error of the background too.
+        yet, and several processes meet there; what goes wrong with it (another writer, no permission, a process that saves to
+        another path) is then an error of the background too.
     """
 
     timeout_secs: float = attrs.field(default=1200, validator=validator(positive))
@@ -79,7 +80,7 @@ class AsyncOptions:
 
 @attrs.frozen(kw_only=True)
 class MultiprocessingOptions:
-    """Which processes of the job take part in a save.
+    """Which processes of the job take part in a save, and whether they help each other to restore.
 
     Attributes:
       primary_host: index of the process that writes metadata and commits; None where every process saves to a disk of its own.
@@ -88,6 +89,8 @@ class MultiprocessingOptions:
         once, one each.
       timeout_secs: after so long without a sign of life from a process, the others give up the save. Below the 100 s after which
         JAX itself ends a job that lost a process (`jax.distributed.initialize(heartbeat_timeout_seconds=)`).
+      single_reader: on restore, what several processes need is read by the first of them, and passed on over the devices; all of
+        them must restore at the same time, into the same target. False: each reads all that it needs, by itself.
     """
 
     primary_host: int | None = attrs.field(
@@ -96,6 +99,7 @@ class MultiprocessingOptions:
     active_processes: frozenset[int] | None = attrs.field(default=None, converter=_processes, validator=_some_processes)
     barrier_sync_key_prefix: str | None = attrs.field(default=None, validator=validator(optional(text)))
     timeout_secs: float = attrs.field(default=60, validator=validator(positive))
+    single_reader: bool = attrs.field(default=False, validator=validator(flag))
 
 
 @attrs.frozen(kw_only=True)

@@ -149,6 +149,7 @@ class Saving:
         """Waits for the writers of every process, and commits; on any failure nothing is left behind."""
         try:
             self._meeting.wait(self.writing)
+            self._begin()  # where the handler wrote nothing, there is still a checkpoint
             if self._meeting.gather("written") is None:
                 self._meeting.hear("committed")
             else:
@@ -166,7 +167,7 @@ class Saving:
             self._report()
 
     def _commit(self) -> None:
-        pending = self._begin()  # where the handler wrote nothing, there is still a checkpoint
+        pending = self._begin()
         temporary = pending.temporary
         joint.end(self._meeting, temporary)
         self._handler.finalize(temporary.path)

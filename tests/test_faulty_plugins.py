@@ -17,6 +17,8 @@ from ckptkit.args import CheckpointArgs, Composite
 from ckptkit.handlers import AsyncCheckpointHandler, CheckpointHandler
 from ckptkit.leaves import Kinds, LeafSpec, RestoreArgs, TypeHandler
 from ckptkit.leaves.numpy import NumpyHandler
+from ckptkit.pipeline import answers
+from ckptkit.processes import Job
 from ckptkit.registry import Owner, owned_by
 from ckptkit.storage import ArraySpec, whole
 from ckptkit.storage.ocdbt import OcdbtBackend
@@ -479,3 +481,21 @@ def test_a_tree_of_10000_leaves_costs_a_few_calls_per_batch_and_none_per_leaf(tm
     assert max((Counter(saving) + Counter(restoring)).values()) <= batches
     assert len(saving) <= 8 + batches, saving
     assert len(restoring) <= 8 + batches, restoring
+
+
+@pytest.mark.parametrize(
+    ("answer", "shown"),
+    [
+        (None, "returned NoneType; expected 1 of Mapping"),
+        ([{PAIR: (1, 0)}], r"returned \(1, 0\) for \(\(0, 2\),\); expected the processes that need it, in order"),
+        ([{PAIR: (0, 7)}], r"returned \(0, 7\)"),
+        ([{PAIR: (1, 2)}], r"returned \(1, 2\)"),
+        ([{whole((1,)): (0, 1)}], r"returned \(0, 1\) for \(\(0, 1\),\)"),
+    ],
+)
+def test_a_type_handler_that_names_other_processes_than_those_that_need_a_part_is_named(registry, answer, shown):
+    handler = Fractions(sharers=lambda specs, requests, job: answer)
+    install(registry, handler=handler)
+    stored = [LeafSpec(handler.typestr, ArraySpec("a", (2,), INT, (2,)))]
+    with pytest.raises(errors.PluginError, match=BLAME + f"sharers {shown}"):
+        answers.shared(registry, handler, stored, [RestoreArgs()], [[PAIR]], Job(0, (0, 1, 2)))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ckptkit.grid import Array, Index, index_shape, whole
 from ckptkit.leaves.base import LeafSpec, Problem, RestoreArgs
+from ckptkit.processes import Job
 
-__all__ = ["Wanted", "clip", "fit", "resolve"]
+__all__ = ["Wanted", "clip", "fit", "resolve", "shared_by_all", "whole_part"]
 
 
 class Wanted(NamedTuple):
@@ -60,6 +61,11 @@ def _dtype(stored: np.dtype[Any], request: RestoreArgs) -> np.dtype[Any] | Probl
     if not np.can_cast(stored, dtype, casting=request.defaults.casting):
         return Problem(f"stored dtype {stored}, requested dtype {dtype}; casting={request.defaults.casting!r} forbids it.")
     return dtype
+
+
+def shared_by_all(needs: Sequence[Sequence[Index] | Problem], job: Job) -> list[Mapping[Index, tuple[int, ...]]]:
+    """`TypeHandler.sharers` of a handler by which every process gets the whole value."""
+    return [{} if isinstance(need, Problem) else dict.fromkeys(need, job.processes) for need in needs]
 
 
 def clip(index: Index, shape: tuple[int, ...]) -> Index:

@@ -279,6 +279,15 @@ class TypeHandler(abc.ABC, Generic[L]):
     def needs(self, specs: Sequence[LeafSpec], requests: Sequence[RestoreArgs], job: Job) -> Sequence[Sequence[Index] | Problem]:
         """For each leaf the parts of the stored array that this process must read, or why it cannot be restored."""
 
+    def sharers(
+        self, specs: Sequence[LeafSpec], requests: Sequence[RestoreArgs], job: Job
+    ) -> Sequence[Mapping[Index, tuple[int, ...]]]:
+        """For each leaf the parts that several processes of the job need, and which do, in ascending order.
+
+        Every process finds out the same. A part that is not among them is read by each process that needs it.
+        """
+        return [{}] * len(specs)
+
     @abc.abstractmethod
     def assemble(
         self, specs: Sequence[LeafSpec], requests: Sequence[RestoreArgs], parts: Sequence[Mapping[Index, Array]]

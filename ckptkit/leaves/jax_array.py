@@ -19,7 +19,7 @@ import numpy as np
 from ckptkit import errors
 from ckptkit.grid import Array, ArraySpec, Index, chunk_indices, fit_chunk_shape, index_nbytes, index_shape
 from ckptkit.leaves._requests import Wanted, clip, fit, resolve
-from ckptkit.leaves._shares import Shares, holding_processes
+from ckptkit.leaves._shares import Shares, holders, holding_processes
 from ckptkit.leaves.base import ArrayRestoreArgs, Kinds, Leaf, LeafSpec, Problem, RestoreArgs, SaveArgs, TypeHandler
 from ckptkit.metadata.sharding import ShardingMetadata, encode_sharding, to_jax
 from ckptkit.metadata.values import ArrayMetadata
@@ -162,6 +162,18 @@ class JaxArrayHandler(TypeHandler[jax.Array]):
         goals = _goals(specs, requests)
         return [goal if isinstance(goal, Problem) else goal.needs for goal in goals]
 
+    def sharers(
+        self, specs: Sequence[LeafSpec], requests: Sequence[RestoreArgs], job: Job
+    ) -> Sequence[Mapping[Index, tuple[int, ...]]]:
+        goals = _goals(specs, requests)  # leaves of which everything is alike share one
+        known: dict[int, Mapping[Index, tuple[int, ...]]] = {}
+        shared = []
+        for spec, goal in zip(specs, goals, strict=True):
+            if id(goal) not in known:
+                known[id(goal)] = {} if isinstance(goal, Problem) else _sharers(goal, _stored_array(spec).shape, job)
+            shared.append(known[id(goal)])
+        return shared
+
     def assemble(
         self, specs: Sequence[LeafSpec], requests: Sequence[RestoreArgs], parts: Sequence[Mapping[Index, Array]]
     ) -> Sequence[jax.Array]:
@@ -292,17 +304,24 @@ def _holder(value: jax.Array) -> Callable[[Index], tuple[jax.Array, tuple[slice,
     """A function from a cell of the grid to a local shard that holds it, and where it is in there."""
     if len(value.sharding.device_set) == 1:
         return lambda index: (value, _slices(index))
-    shards = {_bounds(shard.index, value.shape): shard.data for shard in value.addressable_shards}
+    bounds = _local_bounds(value.sharding, value.shape)
+    shards = {bounds[shard.device]: shard.data for shard in value.addressable_shards}
 
     def hold(index: Index) -> tuple[jax.Array, tuple[slice, ...]]:
-        if (data := shards.get(index)) is not None:  # as it is where a shard is one cell
-            return data, _slices([(0, stop - start) for start, stop in index])
-        for bounds, data in shards.items():
-            if all(a <= start and stop <= b for (a, b), (start, stop) in zip(bounds, index, strict=True)):
-                return data, _slices([(start - a, stop - a) for (a, _), (start, stop) in zip(bounds, index, strict=True)])
+        if (whole_shard := shards.get(index)) is not None:  # as a rule; to compare bounds takes as long as all the rest
+            return whole_shard, (slice(None),) * len(index)
+        for outer, data in shards.items():
+            if all(a <= start and stop <= b for (a, b), (start, stop) in zip(outer, index, strict=True)):
+                return data, _slices([(start - a, stop - a) for (a, _), (start, stop) in zip(outer, index, strict=True)])
         raise errors.TreeError(f"no local shard of a jax.Array holds {index}")
 
     return hold
+
+
+@functools.lru_cache(maxsize=256)
+def _local_bounds(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> Mapping[Any, Index]:
+    """The part of an array that each device of this process holds."""
+    return {device: _bounds(slices, shape) for device, slices in sharding.addressable_devices_indices_map(shape).items()}
 
 
 def _slices(index: Sequence[tuple[int, int]]) -> tuple[slice, ...]:
@@ -432,8 +451,15 @@ def _sharding(spec: LeafSpec, args: ArrayRestoreArgs | None, defaults: RestoreDe
 
 def _local_needs(sharding: jax.sharding.Sharding, shape: tuple[int, ...], stored: tuple[int, ...]) -> tuple[Index, ...]:
     """The parts of the stored array for each of this process's devices, each once."""
-    held = sharding.addressable_devices_indices_map(shape).values()
-    return tuple(dict.fromkeys(clip(_bounds(slices, shape), stored) for slices in held))
+    return tuple(dict.fromkeys(clip(bounds, stored) for bounds in _local_bounds(sharding, shape).values()))
+
+
+def _sharers(goal: _Goal, stored: tuple[int, ...], job: Job) -> Mapping[Index, tuple[int, ...]]:
+    """The parts of the stored array that several processes of the job need, and which do."""
+    found: dict[Index, set[int]] = {}
+    for part, processes in holders(goal.sharding, goal.wanted.shape).items():
+        found.setdefault(clip(part, stored), set()).update(process for process in processes if process in job.processes)
+    return {part: tuple(sorted(processes)) for part, processes in found.items() if len(processes) > 1}
 
 
 def _assemble(spec: LeafSpec, goal: _Goal | Problem, parts: Mapping[Index, Array]) -> jax.Array:

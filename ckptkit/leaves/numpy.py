@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ckptkit.grid import Array, ArraySpec, Index, chunk_indices, fit_chunk_shape, whole
-from ckptkit.leaves._requests import Wanted, clip, resolve, whole_part
+from ckptkit.leaves._requests import Wanted, clip, resolve, shared_by_all, whole_part
 from ckptkit.leaves.base import Kinds, Leaf, LeafSpec, Problem, RestoreArgs, TypeHandler
 from ckptkit.options import MAX_CHUNK_BYTE_SIZE, RestoreDefaults
 
@@ -58,6 +58,11 @@ class NumpyHandler(TypeHandler[Array]):
             wanted if isinstance(wanted, Problem) else (clip(whole(wanted.shape), spec.array.shape if spec.array else ()),)
             for spec, wanted in zip(specs, found, strict=True)
         ]
+
+    def sharers(
+        self, specs: Sequence[LeafSpec], requests: Sequence[RestoreArgs], job: Job
+    ) -> Sequence[Mapping[Index, tuple[int, ...]]]:
+        return shared_by_all(self.needs(specs, requests, job), job)
 
     def assemble(
         self, specs: Sequence[LeafSpec], requests: Sequence[RestoreArgs], parts: Sequence[Mapping[Index, Array]]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ckptkit.grid import Array, ArraySpec, Index
-from ckptkit.leaves._requests import resolve
+from ckptkit.leaves._requests import resolve, shared_by_all
 from ckptkit.leaves.base import Kinds, Leaf, LeafSpec, Problem, RestoreArgs, TypeHandler
 from ckptkit.metadata.values import ScalarMetadata
 from ckptkit.options import RestoreDefaults
@@ -59,6 +59,11 @@ class ScalarHandler(TypeHandler[Any]):
         if isinstance(wanted, Problem):
             return wanted
         return ((),) if wanted.shape == () else Problem(f"stored shape {wanted.shape}, but a scalar has no axes.")
+
+    def sharers(
+        self, specs: Sequence[LeafSpec], requests: Sequence[RestoreArgs], job: Job
+    ) -> Sequence[Mapping[Index, tuple[int, ...]]]:
+        return shared_by_all(self.needs(specs, requests, job), job)
 
     def assemble(
         self, specs: Sequence[LeafSpec], requests: Sequence[RestoreArgs], parts: Sequence[Mapping[Index, Array]]

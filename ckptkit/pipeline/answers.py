@@ -45,6 +45,7 @@ __all__ = [
     "recognising",
     "refusals",
     "requested",
+    "shared",
     "staged_sizes",
     "stored_arrays",
     "synchronous",
@@ -274,6 +275,28 @@ def needed(
         for shape, indices in _distinct(answers, parts):
             if wrong := [index for index in indices if not _is_index(index, shape)]:
                 raise answers.mistake(f"returned {_shown(wrong[0])} for an array of shape {shape}; expected parts of it")
+        return found
+
+
+def shared(
+    registry: Registry,
+    handler: TypeHandler[Any],
+    specs: Sequence[LeafSpec],
+    requests: Sequence[RestoreArgs],
+    needs: Sequence[Sequence[Index]],
+    job: Job,
+) -> Sequence[Mapping[Index, tuple[int, ...]]]:
+    """What `TypeHandler.sharers` says of leaves, whose `needs` it fits: this process is named where it needs the part."""
+    with calling(registry, handler, "sharers") as answers:
+        found = answers.each(handler.sharers(specs, requests, job), len(specs), "leaf", (Mapping,))
+        for sharers, need in zip(found, needs, strict=True) if not answers.is_builtin else ():
+            for part, processes in sharers.items():
+                if processes != tuple(sorted({*processes} & {*job.processes})) or (job.process_index in processes) != (
+                    part in need
+                ):
+                    raise answers.mistake(
+                        f"returned {_shown(processes)} for {_shown(part)}; expected the processes that need it, in order"
+                    )
         return found
 
 

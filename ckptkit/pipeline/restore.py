@@ -16,11 +16,13 @@ from ckptkit._gc import paused_gc
 from ckptkit.grid import Array, ArraySpec, Index, chunk_indices, index_nbytes, index_shape
 from ckptkit.index import IndexDocument
 from ckptkit.leaves.base import LeafSpec, Problem, RestoreArgs, TypeHandler
+from ckptkit.meeting import current_meeting
 from ckptkit.options import OnCorrupt
 from ckptkit.pipeline import answers
 from ckptkit.pipeline.check import ChunkRead, chunk_problems
 from ckptkit.pipeline.limits import BATCH_BYTE_SIZE, BATCH_LEAVES
 from ckptkit.pipeline.memory import aligned_empty
+from ckptkit.pipeline.sharing import Sharing
 from ckptkit.processes import Job
 from ckptkit.registry import Registry
 from ckptkit.storage.base import PartialReader, Reader
@@ -72,32 +74,45 @@ def restore_leaves(
 
     Raises:
       errors.TargetError: lists every leaf that cannot be restored as requested.
+      errors.ProcessError: processes that read for each other do not restore the same.
       errors.CorruptCheckpointError: lists every chunk whose bytes differ from its checksum.
       errors.NotFoundError, errors.FormatError, errors.StorageError: chunks are missing or cannot be read.
     """
     needs = _needs(items, registry, where)
     _warn_of_casts(items)
+    meeting = current_meeting()
+    if meeting.job.others and on_corrupt == "skip":
+        raise errors.ArgsError(
+            "on_corrupt='skip' and MultiprocessingOptions(single_reader=True) exclude each other; leave out one."
+        )
+    sharing = Sharing(meeting, registry, items, needs, where, max_inflight_bytes)
     tracker = reports.current_tracker("restore")
     tracker.verified = tracker.verified and index is not None
     fetches = _parts if index is None and isinstance(reader, PartialReader) else _cells
-    batches = list(_restore_batches(items, needs, max_inflight_bytes))
+    batches = list(_restore_batches(items, needs, sharing, max_inflight_bytes))
     tracker.expect(sum(batch.byte_count for batch in batches), len(items))
     leaves: list[Any] = [...] * len(items)
     damage = {path: [error] for path, error in lost.items()}
     ahead: list[_Reading] = []
-    for following in [*batches, None]:
-        if following is not None:
-            ahead.append(_start_reading(following, items, needs, registry, reader, fetches))
-        if ahead and (following is None or len(ahead) > 1):
-            reading = ahead.pop(0)
-            for key_path, error in _damage(reading, reader, index):
-                damage.setdefault(key_path, []).append(error)
-            if not damage or on_corrupt == "skip":
-                _assemble(reading, items, registry, damage, leaves)
-            tracker.advance(reading.batch.byte_count)
+    try:
+        for following in [*batches, None]:
+            if following is not None:
+                ahead.append(_start_reading(following, items, needs, sharing, registry, reader, fetches))
+            if ahead and (following is None or len(ahead) > 1):
+                reading = ahead.pop(0)
+                for key_path, error in _damage(reading, reader, index):
+                    damage.setdefault(key_path, []).append(error)
+                sharing.exchange(reading.batch.positions, reading.parts, failed=bool(damage))
+                if not (damage or sharing.failed) or on_corrupt == "skip":
+                    _assemble(reading, items, registry, damage, leaves)
+                tracker.advance(reading.batch.byte_count)
+    except Exception:
+        sharing.give_up([batch.positions for batch in batches])
+        raise
     if damage:
         _tell(damage, [item.key_path for item in items if item.key_path not in damage], where, on_corrupt)
         tracker.corrupt += damage
+    sharing.end()
     return leaves
 
 
@@ -177,27 +192,37 @@ def _changes_kind(stored: np.dtype[Any], wanted: Any) -> bool:
 
 
 class _Batch(NamedTuple):
-    """Leaves of one type handler that are read together."""
+    """Leaves of one type handler that are read together.
+
+    Attributes:
+      positions: of the leaves.
+      byte_count: of what this process reads of them.
+    """
 
     positions: list[int]
     byte_count: int
 
 
-def _restore_batches(items: Sequence[RestoreItem], needs: Sequence[Sequence[Index]], max_inflight_bytes: int) -> Iterator[_Batch]:
+def _restore_batches(
+    items: Sequence[RestoreItem], needs: Sequence[Sequence[Index]], sharing: Sharing, max_inflight_bytes: int
+) -> Iterator[_Batch]:
     limit = min(BATCH_BYTE_SIZE, max(1, max_inflight_bytes // 2))  # half: one batch is read while another is assembled
     for members in _grouped(items).values():
         batch: list[int] = []
-        total = 0
+        total = read = 0
         for i in members:
             array = items[i].spec.array
-            size = sum([index_nbytes(array, index) for index in needs[i]]) if array else 0
+            size = mine = sum([index_nbytes(array, index) for index in needs[i]]) if array else 0
+            if sharing.several and array:  # then the batches must be the same on all processes, whatever each needs
+                size, mine = array.nbytes, sum([index_nbytes(array, index) for index in sharing.reads(i)])
             if batch and (total + size > limit or len(batch) >= BATCH_LEAVES):
-                yield _Batch(batch, total)
-                batch, total = [], 0
+                yield _Batch(batch, read)
+                batch, total, read = [], 0, 0
             batch.append(i)
             total += size
+            read += mine
         if batch:
-            yield _Batch(batch, total)
+            yield _Batch(batch, read)
 
 
 @attrs.frozen
@@ -228,6 +253,7 @@ def _start_reading(
     batch: _Batch,
     items: Sequence[RestoreItem],
     needs: Sequence[Sequence[Index]],
+    sharing: Sharing,
     registry: Registry,
     reader: Reader,
     fetches: _Fetches,
@@ -240,7 +266,7 @@ def _start_reading(
         buffers = {index: aligned_empty(index_shape(index), array.dtype) for index in needs[i]} if array else {}
         parts.append(buffers)
         if array is not None:
-            fetched += fetches(item, array, buffers)
+            fetched += fetches(item, array, {index: buffers[index] for index in sharing.reads(i)})
     with answers.calling(registry, reader, "read") as asked:
         future = answers.instance(asked, reader.read([(f.array.name, f.index, f.out) for f in fetched]), Future)
     return _Reading(batch, parts, fetched, future)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 import orjson
 
@@ -16,7 +17,7 @@ from ckptkit.leaves.base import LeafSpec
 from ckptkit.location import Location
 from ckptkit.meeting import Meeting
 from ckptkit.metadata import json
-from ckptkit.pipeline import answers
+from ckptkit.pipeline import alike, answers
 from ckptkit.pipeline.plan import SavePlan
 from ckptkit.reports import Tracker
 from ckptkit.storage.base import ManyWriters
@@ -32,12 +33,8 @@ def compare(meeting: Meeting, plan: SavePlan, location: Location) -> None:
     """
     if not meeting.job.others:
         return
-    point = f"tree-{_short(location.url)}"
-    meeting.agree(point, _facts(plan))
-    if meeting.job.is_primary:
-        meeting.tell(point)
-    else:
-        meeting.hear(point)
+    storage = f"{plan.backend.name}, {plan.options}"
+    alike.agree(meeting, f"tree-{_short(location.url)}", _facts(plan), {"storage": storage})
 
 
 def joined(
@@ -76,22 +73,21 @@ def _learn(location: Location, file: str, checksums: Mapping[str, Checksums]) ->
     location.delete(file)
 
 
-def _facts(plan: SavePlan) -> dict[str, object]:
+def _facts(plan: SavePlan) -> list[alike.Facts]:
     """What must be the same on every process; values kept on hosts may differ, and are the primary's."""
-    digest = hashlib.blake2b(digest_size=8)
     shardings: dict[int, str] = {}  # leaves share a few, each as long as there are devices
-    for key_path, node in zip(plan.structure.paths, plan.nodes, strict=True):
-        if isinstance(node, LeafSpec):
-            if (sharding := shardings.get(id(node.sharding))) is None:
-                sharding = shardings[id(node.sharding)] = repr(node.sharding)
-            digest.update(repr((key_path, node.typestr, node.array, sharding)).encode())
-        else:
-            digest.update(repr((key_path, type(node).__name__)).encode())
-    return {
-        "leaves": len(plan.nodes),
-        "keys, shapes, dtypes and shardings (their digest)": digest.hexdigest(),
-        "storage": f"{plan.backend.name}, {plan.options}",
-    }
+
+    def told(node: Any) -> dict[str, Any]:
+        if not isinstance(node, LeafSpec):
+            return {"kind": type(node).__name__}
+        if node.array is None:
+            return {"kind": node.typestr}
+        if (sharding := shardings.get(id(node.sharding))) is None:
+            sharding = shardings[id(node.sharding)] = repr(node.sharding)
+        _, shape, dtype, chunk_shape = node.array
+        return {"kind": node.typestr, "shape": shape, "dtype": str(dtype), "chunks of": chunk_shape, "sharding": sharding}
+
+    return [alike.Facts(path, told(node)) for path, node in zip(plan.structure.paths, plan.nodes, strict=True)]
 
 
 def _short(text: str) -> str:

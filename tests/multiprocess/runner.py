@@ -26,23 +26,29 @@ class Job:
         with contextlib.closing(socket.socket()) as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
+        self._plan = {"count": count, "port": port, "devices": devices, "directory": str(directory), **options}
+        self.processes = [self._started(rank, scenarios) for rank in range(count)]
+
+    def restart(self, rank: int, scenarios: Sequence[str]) -> None:
+        """Starts a process that has ended again, under the same number, to play other scenarios."""
+        self.processes[rank].wait()
+        self.processes[rank] = self._started(rank, scenarios)
+
+    def _started(self, rank: int, scenarios: Sequence[str]) -> subprocess.Popen[bytes]:
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         environment.pop("XLA_FLAGS", None)  # the count of devices of the process that runs the tests
-        self.processes = []
-        for rank in range(count):
-            plan = {"rank": rank, "count": count, "port": port, "devices": devices, "directory": str(directory), **options}
-            (directory / f"cwd_{rank}").mkdir(parents=True, exist_ok=True)
-            with (directory / f"output_{rank}").open("ab") as output:
-                self.processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-W", "ignore", str(WORKER), json.dumps({**plan, "scenarios": list(scenarios)})],
-                        stdout=output,
-                        stderr=output,
-                        stdin=subprocess.DEVNULL,
-                        env=environment,
-                        cwd=directory / f"cwd_{rank}",
-                    )
-                )
+        plan = {**self._plan, "rank": rank, "scenarios": list(scenarios)}
+        cwd = self.directory / f"cwd_{rank}"
+        cwd.mkdir(parents=True, exist_ok=True)
+        with (self.directory / f"output_{rank}").open("ab") as output:
+            return subprocess.Popen(
+                [sys.executable, "-W", "ignore", str(WORKER), json.dumps(plan)],
+                stdout=output,
+                stderr=output,
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                cwd=cwd,
+            )
 
     def __enter__(self) -> Self:
         return self

@@ -12,15 +12,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from faults import fail_at
 from jax.sharding import NamedSharding, PartitionSpec
 
 import ckptkit
 from ckptkit import args as ckpt_args
 from ckptkit import errors
+from ckptkit._coordination import Store
 from ckptkit.file_list import read_file_list
+from ckptkit.leaves.jax_array import JaxArrayHandler
 from ckptkit.location import FileLocation
 from ckptkit.options import MultiprocessingOptions
 from ckptkit.registry import Registry
+from ckptkit.storage._chunk_reader import ChunkReader
 from ckptkit.storage.base import StorageBackend
 from ckptkit.storage.ocdbt import OcdbtBackend
 
@@ -238,6 +242,42 @@ def other_shape(directory: Path, plan: Any) -> Any:
     return raised(directory, "other_shape", lambda path: saved(path, {"a": np.ones(2 + plan["rank"])}))
 
 
+def differences(directory: Path, plan: Any) -> Any:
+    """What processes are told that save trees which differ in one place, and how many bytes they tell each other for it."""
+    host, many = {"a": np.ones(2), "b": {"c": np.ones((3, 4)), "d": 1}}, {f"leaf{i:05}": i for i in range(20_000)}
+    long = {f"leaf{i:03}": placed(np.ones(8, np.float32), shardings()["rows"]) for i in range(70)}
+    others = {
+        "missing there": (host, {"a": np.ones(2), "b": {"d": 1}}),
+        "missing here": ({"b": host["b"]}, host),
+        "shape": (host, {**host, "b": {**host["b"], "c": np.ones((3, 5))}}),
+        "dtype": (host, {**host, "a": np.ones(2, np.int16)}),
+        "kind": (host, {**host, "b": {**host["b"], "d": {}}}),
+        "late": (many, {**many, "leaf17654": np.ones(1)}),
+        "one more": (many, {**many, "z": 1}),
+        "sharding": (long, {**long, "leaf069": placed(np.ones(8, np.float32), shardings()["replicated"])}),
+    }
+    found = {}
+    for name, items in others.items():
+        before = _told_so_far()
+        try:
+            saved(directory / "differences", items[min(plan["rank"], 1)])
+        except errors.ProcessError as error:
+            found[name] = [str(error), _told_so_far() - before]
+    return found
+
+
+_told_bytes: list[int] = []
+
+
+def _told_so_far() -> int:
+    """Bytes that this process has told others, since it first asked."""
+    if not _told_bytes:
+        tell = Store.set
+        Store.set = lambda self, key, value: (_told_bytes.append(len(value)), tell(self, key, value))
+        _told_bytes.append(0)
+    return sum(_told_bytes)
+
+
 def other_path(directory: Path, plan: Any) -> Any:
     return raised(directory, "other_path", lambda path: saved(path / str(plan["rank"]), arrays()))
 
@@ -306,6 +346,162 @@ def missing_call(directory: Path, plan: Any) -> Any:
     return raised(directory, "missing_call", save)
 
 
+def shared_values() -> dict[str, np.ndarray]:
+    """Of many dtypes, some with bits that a sum of numbers would change; the largest is more than goes at once."""
+    rng = np.random.default_rng(11)
+    floats = np.array([-0.0, 0.0, np.nan, -np.inf, 1e-45, 1.5] * 4, np.float32).reshape(8, 3)
+    floats.view(np.uint32)[5, 2] = 0x7FC12345  # a NaN that says something
+    return {
+        "floats": floats,
+        "bfloat16": rng.normal(size=(8, 8)).astype(jnp.bfloat16),
+        "int4": rng.integers(-8, 8, (8, 5)).astype(jnp.int4),
+        "bool": rng.random((16, 3)) < 0.5,
+        "complex": np.array([[complex(-0.0, 2.0)] * 3] * 8, np.complex64),
+        "bytes": rng.integers(0, 256, (8, 1), np.uint8),
+        "none": np.zeros((8, 0), np.float32),
+        "large": rng.random((256, 18_000), np.float32),
+    }
+
+
+def shared_places() -> dict[str, NamedSharding]:
+    """On all devices of all processes, on each, or on those of some."""
+    replicas = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, -1), ("replica", "data"))
+    return {
+        "all": NamedSharding(line(), P()),
+        "replicas": NamedSharding(replicas, P("data")),
+        "columns": NamedSharding(grid(), P("b")),
+        "rows": NamedSharding(grid(), P("a")),
+    }
+
+
+def shared_targets(sharding: NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
+    return {name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding) for name, value in shared_values().items()}
+
+
+def saves_shared(directory: Path, plan: Any) -> None:
+    item = {name: placed(value, NamedSharding(line(), P())) for name, value in shared_values().items()}
+    key = jax.jit(lambda: jax.random.key(5), out_shardings=NamedSharding(line(), P()))()
+    item = {"arrays": item, "host": np.arange(6.0), "step": 3, "key": key, "text": "t"}
+    with ckptkit.AsyncCheckpointer(multiprocessing_options=SHORT) as checkpointer:
+        checkpointer.save(directory / "shared", ckpt_args.PyTreeSave(item))
+    saved(directory / "shared_zarr", item["arrays"], storage="zarr")
+
+
+def shared(directory: Path, plan: Any) -> Any:
+    """With one reader for what several processes need: what comes back wrong, and the bytes that this process reads."""
+    reading = _counted_reads()
+    options = MultiprocessingOptions(timeout_secs=5, single_reader=True)
+    expected = shared_values()
+    found: dict[str, Any] = {"wrong": [], "read": {}}
+    with standard(multiprocessing_options=options) as checkpointer:
+        for place, sharding in shared_places().items():
+            before = sum(reading)
+            restored = checkpointer.restore(directory / "shared_zarr", shared_targets(sharding))
+            found["read"][place] = sum(reading) - before
+            found["wrong"] += [f"{place} {name}" for name in expected if _differs(restored[name], expected[name])]
+        target = {"large": jax.ShapeDtypeStruct((300, 17_000), jnp.bfloat16, sharding=shared_places()["rows"])}
+        resized = checkpointer.restore(directory / "shared_zarr", {**expected, **target}, strict=False)
+        cut = np.pad(expected["large"][:, :17_000], ((0, 44), (0, 0))).astype(jnp.bfloat16)
+        found["wrong"] += ["resized"] * _differs(resized["large"], cut)
+        found["wrong"] += [f"host {name}" for name in expected if name != "large" and not _same(resized[name], expected[name])]
+    with ckptkit.AsyncCheckpointer(multiprocessing_options=options) as checkpointer:
+        before = sum(reading)
+        whole = checkpointer.restore(directory / "shared", ckpt_args.PyTreeRestore())
+        found["read"]["as saved"] = sum(reading) - before
+    found["wrong"] += [name for name, value in expected.items() if _differs(whole["arrays"][name], value)]
+    data = jax.random.key_data(whole["key"]).addressable_data(0)
+    rest = (data.tolist(), whole["host"].tolist(), whole["step"], whole["text"])
+    found["wrong"] += [] if rest == ([0, 5], list(range(6)), 3, "t") else [str(rest)]
+    return found
+
+
+def _same(one: Any, other: np.ndarray) -> bool:
+    one = np.asarray(one)
+    return (one.shape, one.dtype, one.tobytes()) == (other.shape, other.dtype, other.tobytes())
+
+
+def _differs(array: jax.Array, value: np.ndarray) -> bool:
+    return array.shape != value.shape or not all(_same(shard.data, value[shard.index]) for shard in array.addressable_shards)
+
+
+def _counted_reads() -> list[int]:
+    """Grows by the bytes of chunks that this process reads from now on."""
+    counts: list[int] = []
+    read = ChunkReader.read
+
+    def counted(self: ChunkReader, requests: Any) -> Any:
+        counts.extend(out.nbytes for *_, out in requests)
+        return read(self, requests)
+
+    ChunkReader.read = counted
+    return counts
+
+
+def shared_failures(directory: Path, plan: Any) -> Any:
+    """What each process is told where one reader fails, or the processes do not restore the same."""
+    options = MultiprocessingOptions(timeout_secs=3, single_reader=True)
+    target = {
+        name: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=shared_places()["all"]) for name, v in shared_values().items()
+    }
+    damaged = directory / "shared_damaged"
+    saved(damaged, {name: placed(value, NamedSharding(line(), P())) for name, value in shared_values().items()})
+    if plan["rank"] == 0:
+        for file in (path for path in (damaged / "ocdbt.process_0" / "d").iterdir() if path.stat().st_size > 1 << 20):
+            data = bytearray(file.read_bytes())
+            data[len(data) // 2] ^= 1
+            file.write_bytes(data)
+    (directory / f"damaged_{plan['rank']}").touch()
+    while not (directory / "damaged_0").exists():
+        time.sleep(0.02)
+    own = {**target, "large": jax.ShapeDtypeStruct((256, 18_000), jnp.float32, sharding=shared_places()["columns"])}
+    faulty = {**target, "large": jax.ShapeDtypeStruct((1, 1), jnp.float32, sharding=shared_places()["all"])}
+    whole = directory / "shared_zarr"
+    tries = {
+        "damaged": lambda checkpointer: checkpointer.restore(damaged, target),
+        "skip": lambda checkpointer: checkpointer.restore(whole, target, on_corrupt="skip"),
+        "other": lambda checkpointer: checkpointer.restore(whole, own if plan["rank"] == 1 else target),
+        "bad target": lambda checkpointer: checkpointer.restore(whole, faulty if plan["rank"] == 1 else target),
+        "assemble": lambda checkpointer: _restore_with_failing_assembly(checkpointer, whole, target, plan["rank"] == 1),
+        "again": lambda checkpointer: checkpointer.restore(whole, target),
+        "absent": lambda checkpointer: plan["rank"] != 1 and checkpointer.restore(whole, target),
+    }
+    found = {}
+    for name, attempt in tries.items():
+        with standard(multiprocessing_options=options) as checkpointer:
+            try:
+                attempt(checkpointer)
+            except Exception as error:
+                found[name] = [type(error).__name__, str(error)]
+    return found
+
+
+def shared_struck(directory: Path, plan: Any) -> Any:
+    """Process 1 is killed while the others wait for the devices to pass on what was read."""
+    target = {
+        name: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=shared_places()["all"]) for name, v in shared_values().items()
+    }
+    with standard(multiprocessing_options=MultiprocessingOptions(timeout_secs=3, single_reader=True)) as checkpointer:
+        checkpointer.restore(directory / "shared_zarr", target)
+        if plan["rank"] == 1:
+            JaxArrayHandler.assemble = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+        start = time.monotonic()
+        try:
+            checkpointer.restore(directory / "shared_zarr", target)
+        except errors.CheckpointError as error:
+            return [type(error).__name__, str(error), time.monotonic() - start]
+
+
+def _restore_with_failing_assembly(checkpointer: Any, path: Path, target: Any, fails: bool) -> Any:
+    assemble = JaxArrayHandler.assemble
+
+    def failing(*args: Any) -> Any:
+        JaxArrayHandler.assemble = assemble
+        raise MemoryError("no memory, says the test")
+
+    JaxArrayHandler.assemble = failing if fails else assemble
+    return checkpointer.restore(path, target)
+
+
 def matrix() -> np.ndarray:
     return np.arange(1 << 22, dtype=np.float32).reshape(2048, 2048)
 
@@ -356,8 +552,6 @@ def struck(directory: Path, plan: Any) -> Any:
 
 
 def _faulty_save(path: Path, plan: Any, stage: str, action: str, victim: int, primary: int = 0) -> dict[str, Any]:
-    from faults import fail_at
-
     options = MultiprocessingOptions(timeout_secs=3, primary_host=primary)
     with standard(multiprocessing_options=options) as checkpointer:
         checkpointer.save(path, {"a": arrays()["rows"], "step": 1})
@@ -474,6 +668,36 @@ def preempted(directory: Path, plan: Any) -> Any:
                 return [step, checkpointer.restore(directory / "preempted")["step"]]
         time.sleep(0.05)
     return None
+
+
+def saves_over_struck(directory: Path, plan: Any) -> Any:
+    """Saves to the path of a save in which a process was killed: the step before, the one after, and what lies beside them."""
+    path = directory / "struck_checkpoint"
+    with standard() as checkpointer:
+        before = checkpointer.restore(path)["step"]
+        checkpointer.save(path, {"a": arrays()["rows"], "step": 9}, force=True)
+        checkpointer.wait_until_finished()
+        after = checkpointer.restore(path)
+    bad = wrong({**arrays(), "rows": after["a"]})
+    return {"steps": [before, after["step"]], "wrong": bad, "left": sorted(p.name for p in directory.glob("struck_checkpoint.*"))}
+
+
+def rejoined(directory: Path, plan: Any) -> Any:
+    """Process 1 dies in the middle of a save; one that is started in its place saves with process 0 again."""
+    path = directory / "rejoined"
+    if not (directory / "struck").exists():
+        saved(path, {"step": 1})
+        if plan["rank"] == 1:
+            fail_at("part", "kill", directory)
+        try:
+            saved(path, {"step": 2}, force=True)
+        except errors.TimeoutError:
+            (directory / "gave_up_0").touch()
+        while not (directory / "back").exists():
+            time.sleep(0.05)
+    (directory / "back").touch()
+    saved(path, {"step": 3}, force=True, multiprocessing_options=MultiprocessingOptions(timeout_secs=20))
+    return step_there(directory, {"path": "rejoined"})
 
 
 def survives(directory: Path, plan: Any) -> Any:

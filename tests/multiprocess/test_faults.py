@@ -80,6 +80,33 @@ def test_the_death_of_process_0_ends_all_and_a_restarted_job_saves(tmp_path):
     assert [name for name in left if not name.endswith(".orbax-checkpoint-tmp")] == []
 
 
+@pytest.mark.parametrize(("stage", "victim"), [("part", 1), ("merge", 0), ("commit", 0)])
+def test_a_job_that_is_started_again_saves_where_it_was_killed_and_tidies_up(tmp_path, stage, victim):
+    with Job(tmp_path, 2, ["struck"], fault={"stage": stage, "action": "kill", "victim": victim}) as job:
+        job.until("struck")  # the other process is killed too, before it gives up
+    assert list(tmp_path.glob("struck_checkpoint.*")) != []
+    for seen in play(tmp_path, 2, ["saves_over_struck"])["saves_over_struck"].values():
+        assert seen["value"] == {"steps": [1, 9], "wrong": [], "left": []}
+
+
+def test_a_process_that_is_started_again_joins_the_saves_of_those_that_went_on(tmp_path):
+    with Job(tmp_path, 2, ["rejoined"], recoverable=True, survivors=[0, 1]) as job:
+        job.until("gave_up_0")
+        job.restart(1, ["rejoined"])
+        assert job.wait(60) == [0, 0], job.outputs()
+        assert job.results("rejoined") == {0: {"value": 3}, 1: {"value": 3}}
+
+
+def test_clocks_that_differ_between_processes_and_jump_change_nothing(tmp_path):
+    scenarios = ["round_trip", "many_saves", "missing_call"]
+    found = play(tmp_path, 4, scenarios, devices=1, clock_shift_secs={"0": 7 * 3600, "1": -9 * 3600})
+    assert [found["round_trip"][rank]["value"]["wrong"] for rank in range(4)] == [[]] * 4
+    assert [found["many_saves"][rank]["value"] for rank in range(4)] == [[100, 1, 2, 3, 4]] * 4
+    lost = [found["missing_call"][rank]["value"] for rank in (0, 2, 3)]
+    assert all("process 1 of 4 did not come" in each["message"] for each in lost), lost
+    assert all(3 <= each["secs"] < 6 for each in lost), lost
+
+
 def test_a_stopped_process_0_ends_all_after_the_heartbeat_of_jax_and_the_old_checkpoint_stays(tmp_path):
     fault = {"stage": "commit", "action": "stop", "victim": 0}
     with Job(tmp_path, 2, ["struck"], fault=fault, heartbeat_secs=10) as job:

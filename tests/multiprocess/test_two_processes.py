@@ -19,6 +19,7 @@ SCENARIOS = [
     "other_tree",
     "other_shape",
     "other_path",
+    "differences",
     "host_local",
     "bad_leaf",
     "taken",
@@ -100,6 +101,26 @@ def test_processes_that_save_different_things_are_told_who_does(found, scenario)
         assert "process 0: " in value["message"]
         assert "process 1: " in value["message"]
         assert value["left"] == [f"{scenario}_after"]
+
+
+@pytest.mark.parametrize(
+    ("difference", "told"),
+    [
+        ("missing there", "process 1 has no leaf ('b', 'c'), which process 0 has (kind np.ndarray, shape (3, 4), dtype float64"),
+        ("missing here", "process 0 has no leaf ('a',), which process 1 has (kind np.ndarray, shape (2,), dtype float64"),
+        ("shape", "leaf ('b', 'c'), shape (3, 4) on process 0, (3, 5) on process 1; chunks of"),
+        ("dtype", "leaf ('a',), dtype float64 on process 0, int16 on process 1"),
+        ("kind", "leaf ('b', 'd'), kind scalar on process 0, dict on process 1"),
+        ("late", "leaf ('leaf17654',), kind scalar on process 0, np.ndarray on process 1"),
+        ("one more", "process 0 has no leaf ('z',), which process 1 has (kind scalar"),
+        ("sharding", "leaf ('leaf069',), chunks of (2,) on process 0, (8,) on process 1; sharding "),
+    ],
+)
+def test_the_first_leaf_that_differs_is_named_and_how_at_little_traffic(found, difference, told):
+    for value in values(found, "differences"):
+        message, byte_count = value[difference]
+        assert f"first difference: {told}" in message
+        assert byte_count < 10_000
 
 
 def test_an_array_of_one_process_is_refused_with_what_to_do(found):

@@ -138,3 +138,8 @@ def registry(server, registry_at):
 @pytest.fixture
 def url():
     return f"s3://bucket/{uuid.uuid4().hex}/step 1"
+
+
+@pytest.fixture
+def port():
+    return free_port()
