@@ -21,7 +21,10 @@ def way_out(provider: str | None) -> str:
     if provider is not None and (found := _DISTRIBUTION.fullmatch(provider)):
         name = found[1]
         if (version := _installed(name)) is None:
-            return f"{provider} provided it when the checkpoint was written; install it: pip install {name}"
+            return (
+                f"{provider} provided it when the checkpoint was written; install it, if you trust whoever made the checkpoint: "
+                f"pip install {name}"
+            )
         if version == found[2]:
             return f"{provider} provides it and is installed, but has not registered it here; `ckptkit plugins` shows why"
         return (

@@ -115,7 +115,7 @@ def test_info_names_the_package_of_a_leaf_type_that_is_missing(tmp_path, acme, r
     save(tmp_path / "c", {"a": Meters(np.zeros(5))}, acme)
     found = inspection.info(tmp_path / "c", registry=registry)
     assert missing(found) == {("leaf type", "acme.meters")}
-    assert found.missing[0].way_out.endswith("install it: pip install acme-checkpoints")
+    assert found.missing[0].way_out.endswith("install it, if you trust whoever made the checkpoint: pip install acme-checkpoints")
     assert inspection.info(tmp_path / "c", registry=acme).missing == []
 
 
