@@ -64,6 +64,6 @@ def test_without_the_package_the_error_names_it(tmp_path):
     ckptkit.save(tmp_path / "c", {"a": torch.ones(2)})
     with (
         ckptkit.StandardCheckpointer(registry=ckptkit.Registry.with_builtins()) as checkpointer,
-        pytest.raises(ckptkit.errors.RegistryError, match=rf"install it \(ckptkit-torch {ckptkit_torch.__version__} wrote"),
+        pytest.raises(ckptkit.errors.RegistryError, match=r"ckptkit-torch .* has not registered it here"),
     ):
         checkpointer.restore(tmp_path / "c")
