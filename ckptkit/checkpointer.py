@@ -117,25 +117,28 @@ class Checkpointer:
           errors.CorruptCheckpointError: bytes differ from what was written.
           errors.ProcessError: with `MultiprocessingOptions(single_reader=True)`, other processes restore something else.
         """
-        self._check_open()
         start = time.monotonic()
-        registry = discovery.ready(self._registry)
-        for attempt in choosing.attempts(registry, directory):
-            with attempt as location, self._reading_together():
-                tracker = reports.Tracker("restore", location.url, self._notifier.progress)
-                handler = self._handler
-                try:
-                    listed = read_file_list(location)
-                    tracker.verified = listed is not None
-                    if listed is not None:
-                        listed.check(location, choosing.files_asked_for(args, kwargs))
-                    handler, restore_args = self._restore_handler(registry, location, args, kwargs)
-                    with reports.tracking(tracker):
-                        restored = handler.restore(location.path, args=restore_args)
-                finally:
-                    tracker.finish()
-                    if handler is not None and handler is not self._handler:
-                        handler.close()
+        with self._reading_together() as meet:
+            self._check_open()
+            registry = discovery.ready(self._registry)
+            facts = {"path": registry.location(directory).url, "items": choosing.items_asked_for(args, kwargs)}
+            meet.agree("restore", facts)
+            for attempt in choosing.attempts(registry, directory):
+                with attempt as location:
+                    tracker = reports.Tracker("restore", location.url, self._notifier.progress)
+                    handler = self._handler
+                    try:
+                        listed = read_file_list(location)
+                        tracker.verified = listed is not None
+                        if listed is not None:
+                            listed.check(location, choosing.files_asked_for(args, kwargs))
+                        handler, restore_args = self._restore_handler(registry, location, args, kwargs)
+                        with reports.tracking(tracker):
+                            restored = handler.restore(location.path, args=restore_args)
+                    finally:
+                        tracker.finish()
+                        if handler is not None and handler is not self._handler:
+                            handler.close()
         self._notifier.restored(
             reports.RestoreReport(
                 path=location.url,
@@ -243,8 +246,9 @@ class Checkpointer:
             saving.blocking_secs = time.monotonic() - start
             return saving
 
-    def _reading_together(self) -> contextlib.AbstractContextManager[None]:
+    def _reading_together(self) -> contextlib.AbstractContextManager[meeting.Meeting]:
         """A meeting with those who read for each other, if any do."""
+        _lifetime.refuse_fork()  # as for a save
         options = self._processes
         job = job_of(options) if options.single_reader else Job()
         return meeting.restoring(job, options.barrier_sync_key_prefix, options.timeout_secs)

@@ -26,6 +26,7 @@ __all__ = [
     "check_not_composite",
     "files_asked_for",
     "is_description",
+    "items_asked_for",
     "make_handler",
     "one_args",
     "providers",
@@ -46,12 +47,16 @@ def one_args(args: tuple[Any, ...], kwargs: dict[str, Any]) -> args_lib.Checkpoi
     return given[0]
 
 
+def items_asked_for(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str] | None:
+    """The items of a composite that a restore with these arguments names; None where it names none."""
+    given = one_args(args, kwargs)
+    return sorted(given) if isinstance(given, args_lib.Composite) and given else None
+
+
 def files_asked_for(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[str], bool]:
     """Whether a restore with these arguments may read a file, by its path: of a composite, only the items that it names."""
-    given = one_args(args, kwargs)
-    if not isinstance(given, args_lib.Composite) or not given:
-        return lambda path: True
-    return lambda path: "/" not in path or path.partition("/")[0] in given
+    items = items_asked_for(args, kwargs)
+    return lambda path: items is None or "/" not in path or path.partition("/")[0] in items
 
 
 _DESCRIPTIONS = {INDEX_FILE, SHARDING_FILE, STEP_FILE, STRINGS_FILE, TREE_FILE}

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import stat
+import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Final
@@ -25,6 +27,7 @@ from ckptkit._filesystem import discard, exchange, remove, sync, sync_tree
 from ckptkit._locks import Lock, try_lock
 from ckptkit.file_list import FILE_LIST
 from ckptkit.location import FileLocation, Location, MarkerLocation, mapped_os_errors
+from ckptkit.meeting import Meeting, current_meeting
 from ckptkit.metadata.step import STEP_FILE
 from ckptkit.reports import CleanReport
 
@@ -44,6 +47,8 @@ __all__ = [
 TEMPORARY_SUFFIX = ".orbax-checkpoint-tmp"
 _ASIDE_SUFFIX = f".ckptkit-old{TEMPORARY_SUFFIX}"
 _MAX_ATTEMPTS: Final = 100
+_PAUSE_SECS: Final = 0.1
+"""Until processes look again that see different checkpoints: clients of NFS keep what they know of directories for seconds."""
 
 
 def resolve(location: Location) -> Location:
@@ -78,18 +83,23 @@ def attempts(find: Callable[[], Location]) -> Iterator[Attempt]:
     """Attempts at reading a checkpoint where `find` says that it is, until one is not disturbed; each is a context manager.
 
     Files are opened by path: where another checkpoint took this one's place meanwhile, an error is passed over, and there is
-    a further attempt, at the new one.
+    a further attempt, at the new one. Processes that read together make each attempt together, at the same checkpoint.
 
     Raises:
       errors.BusyError: others replaced the checkpoint during each of a hundred attempts.
       what `find` raises.
     """
+    meeting = current_meeting()
     for _ in range(_MAX_ATTEMPTS):
         location = find()
-        attempt = Attempt(location)
-        yield attempt
-        if not attempt.disturbed:
-            return
+        attempt = Attempt(location, meeting)
+        if meeting.job.others and not meeting.stands("version", _version(location)):
+            time.sleep(_PAUSE_SECS)
+        else:
+            yield attempt
+            if not attempt.disturbed:
+                return
+        meeting.start_over()
     raise errors.BusyError(
         f"{location.url}: while it was read, another checkpoint took its place, {_MAX_ATTEMPTS} times in a row; "
         "replace it less often than reading it takes, or read one that stays."
@@ -99,8 +109,9 @@ def attempts(find: Callable[[], Location]) -> Iterator[Attempt]:
 class Attempt:
     """Reads where a checkpoint is to be read, which the `with` statement gives; `disturbed` tells whether that held."""
 
-    def __init__(self, location: Location) -> None:
+    def __init__(self, location: Location, meeting: Meeting) -> None:
         self._location = location
+        self._meeting = meeting
         self._identity = identity(location)
         self.disturbed = False
 
@@ -110,8 +121,24 @@ class Attempt:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
         if error is not None and not isinstance(error, errors.CheckpointError):
             return False
-        self.disturbed = identity(self._location) != self._identity
+        if identity(self._location) != self._identity:
+            self.disturbed = self._meeting.give_up_attempt()
+        elif error is None and self._meeting.job.others:
+            self.disturbed = not self._meeting.stands("end")
+        else:
+            self.disturbed = self._meeting.given_up
         return self.disturbed
+
+
+def _version(location: Location) -> bytes:
+    """What tells one checkpoint from another on every process alike, by when it was saved; b'' where nothing says so.
+
+    An inode's number and times are not the same on every machine that mounts a file system.
+    """
+    with contextlib.suppress(errors.NotFoundError):  # it is being replaced, which `Attempt` notices
+        if location.exists(STEP_FILE):
+            return hashlib.blake2b(location.read_bytes(STEP_FILE), digest_size=16).digest()
+    return b""
 
 
 def identity(location: Location) -> object:

@@ -6,8 +6,9 @@ primary deletes at a later one, once all have ended it:
 
     <root>/seen/<process>        the process was here; one that finds its own was started again
     <root>/now                   the number of the primary's newest save, and 'open' or 'over'
-    <root>/<number>/<point>/<process>, .../word       what each brought, and the primary's answer
-    <root>/<number>/failed/<process>                  what went wrong there
+    <root>/<number>/<attempt>-<point>/<process>, .../word     what each brought, and the primary's answer
+    <root>/<number>/failed/<process>                  what went wrong there, or the attempt that it gave up
+    <root>/<number>/cut/<process>                     why it takes no part any more in what devices compute together
     <root>/<number>/alive/<process>                   changes while the process is at it
     <root>/<number>/ended/<process>                   the process writes no more, nor reads these keys
 
@@ -25,7 +26,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent import futures
 from contextvars import ContextVar
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from urllib.parse import quote
 
 import attrs
@@ -36,6 +37,8 @@ from ckptkit._telling import by_value, decoded, encoded, named
 from ckptkit.processes import Job, coordination_client
 
 __all__ = ["Meeting", "attending", "convene", "convened", "current_meeting", "on_primary", "restoring"]
+
+T = TypeVar("T")
 
 _FIRST_PAUSE_SECS: Final = 0.001
 _LAST_PAUSE_SECS: Final = 0.1
@@ -64,6 +67,9 @@ class Meeting:
         self._prefix = prefix
         self._store = Store(coordination_client()) if self.job.others else None
         self._failed = False  # it was told to others, or heard from them
+        self._attempt = 0
+        self._given_up = False  # this attempt
+        self._numbered = 0  # points of this attempt, so far
         self._over = threading.Event()
         if self._store is not None:
             threading.Thread(target=self._live, name="ckptkit-alive", daemon=True).start()
@@ -83,16 +89,16 @@ class Meeting:
         if self._store is None:
             return {self.job.process_index: brought}
         if not self.job.is_primary:
-            self._store.set(f"{self._prefix}/{point}/{self.job.process_index}", brought)
+            self._store.set(f"{self._at(point)}/{self.job.process_index}", brought)
             return None
         found = {self.job.process_index: brought}
         watch = _Watch(self._beats, self.timeout_secs)
         for pause in _pauses():
-            found |= self._listed(point)
+            found |= self._listed(f"{self._attempt}-{point}")
             missing = [process for process in of or self.job.processes if process not in found]
+            self.raise_failure()  # also where all have come: some may have left again
             if not missing:
                 return found
-            self.raise_failure()
             self._raise_lost(watch.lost(missing), point)
             time.sleep(pause)
         raise AssertionError
@@ -100,14 +106,14 @@ class Meeting:
     def tell(self, point: str, word: bytes = b"") -> None:
         """The primary's answer to all others."""
         if self._store is not None:
-            self._store.set(f"{self._prefix}/{point}/word", word)
+            self._store.set(f"{self._at(point)}/word", word)
 
     def hear(self, point: str) -> bytes:
         """The primary's answer, once there is one; raises what `gather` raises."""
         assert self._store is not None
         watch = _Watch(self._beats, self.timeout_secs)
         while True:
-            if (word := self._store.wait(f"{self._prefix}/{point}/word", self._slice_secs)) is not None:
+            if (word := self._store.wait(f"{self._at(point)}/word", self._slice_secs)) is not None:
                 return word
             self.raise_failure()
             self._raise_lost(watch.lost([self.job.primary]), point)
@@ -141,6 +147,81 @@ class Meeting:
                 f"Every process must call {self._doing} with the same path, and a tree of the same kind."
             )
 
+    def numbered(self, point: str) -> str:
+        """A point for what may come several times in an attempt: the n-th of one process is the n-th of the others."""
+        self._numbered += 1
+        return f"{point}-{self._numbered}"
+
+    def stands(self, point: str, brought: bytes = b"") -> bool:
+        """Whether all come to a point of an attempt, and bring the same; else it is given up, and `start_over` is next.
+
+        Raises: what `gather` raises.
+        """
+        try:
+            gathered = self.gather(point, brought)
+            if gathered is None:
+                self.hear(point)
+            elif len(set(gathered.values())) > 1:
+                self.give_up_attempt()
+            else:
+                self.tell(point)
+        except errors.BusyError:
+            if not self._given_up:
+                raise
+        return not self._given_up
+
+    def give_up_attempt(self) -> bool:
+        """Has every process leave what it waits for in this attempt, with `errors.BusyError`, so that all begin the next one.
+
+        Returns:
+          False where something has gone wrong for good, so that there is no next one.
+        """
+        if self._store is not None and not self._failed:
+            self._given_up = True
+            self._store.set(f"{self._prefix}/failed/{self.job.process_index}", json.dumps({"gave up": self._attempt}).encode())
+        return not self._failed
+
+    @property
+    def given_up(self) -> bool:
+        """Whether this attempt was given up, here or elsewhere."""
+        return self._given_up
+
+    def start_over(self) -> None:
+        """The next attempt, in which no process meets one that is still at this one."""
+        if self._store is not None:
+            self._attempt += 1
+            self._given_up = False
+            self._numbered = 0
+
+    def wait_for_devices(self, future: futures.Future[T], group: Callable[[], Sequence[int]]) -> T:
+        """The result of what devices of several processes compute together.
+
+        That something went wrong elsewhere is no reason to leave, since who fails takes part to the end, unless it says that it
+        cannot (`cut_off`).
+
+        Args:
+          future: done when this process's devices are.
+          group: tells whose devices must take part in what is being computed.
+
+        Raises:
+          errors.CheckpointError: what keeps a process of the group from taking part.
+          errors.TimeoutError: names those of the group that give no sign of life.
+        """
+        watch = _Watch(self._beats, self.timeout_secs)
+        while not futures.wait([future], self._slice_secs).done:
+            others = [process for process in group() if process != self.job.process_index]
+            if gone := {process: record for process, record in self._listed("cut").items() if process in others}:
+                raise decoded(*min(gone.items()))
+            self._raise_lost(watch.lost(others), "exchange")
+        return future.result()
+
+    def cut_off(self, error: BaseException) -> None:
+        """Tells those who wait for devices of this process that they wait in vain; never raises, as `fail`."""
+        if self._store is not None:
+            with contextlib.suppress(errors.CheckpointError):
+                self._store.set(f"{self._prefix}/cut/{self.job.process_index}", encoded(error))
+        self.fail(error)
+
     def wait(self, writing: Sequence[futures.Future[Any]]) -> None:
         """Waits until everything is done; raises what went wrong with it, or elsewhere."""
         pending = set(writing) if self._store is not None else set()
@@ -161,13 +242,17 @@ class Meeting:
                 self._store.set(f"{self._prefix}/failed/{self.job.process_index}", encoded(error))
 
     def raise_failure(self) -> None:
-        """Raises what went wrong on another process, if anything did."""
+        """Raises what went wrong on another process, if anything did; `errors.BusyError` where it gave up this attempt."""
         if self._store is None:
             return
-        failures = {p: record for p, record in self._listed("failed").items() if p != self.job.process_index}
-        if failures:
+        records = {p: record for p, record in self._listed("failed").items() if p != self.job.process_index}
+        gave_up = {process: json.loads(record).get("gave up") for process, record in records.items()}
+        if failures := [(process, record) for process, record in records.items() if gave_up[process] is None]:
             self._failed = True
-            raise decoded(*min(failures.items()))
+            raise decoded(*min(failures))
+        if leaving := [process for process, attempt in gave_up.items() if attempt >= self._attempt]:
+            self._given_up = True
+            raise errors.BusyError(f"{named(leaving)} must begin the {self._doing} again, and so must the others.")
 
     def await_ends(self, known: BaseException) -> None:
         """On the primary, after a failure, waits a while until no other process writes any more.
@@ -191,10 +276,21 @@ class Meeting:
             return
         self._over.set()
         with contextlib.suppress(errors.CheckpointError):
-            self._store.set(f"{self._prefix}/ended/{self.job.process_index}", b"")
             root, _, number = self._prefix.rpartition("/")
+            if self._failed and not self.job.is_primary and _now(self._store, root)[0] < int(number):
+                self._withdraw(self._store, root, int(number))
+                return
+            self._store.set(f"{self._prefix}/ended/{self.job.process_index}", b"")
             if self.job.is_primary and root in _lines and _lines[root].number == int(number):
                 self._store.set(f"{root}/now", f"{number} over".encode())
+
+    def _withdraw(self, store: Store, root: str, number: int) -> None:
+        """Takes back that this process came where the primary never did: its next call is that of this number."""
+        mine = [name for name, _ in store.list(f"{self._prefix}/") if name.endswith(f"/{self.job.process_index}")]
+        for name in mine:
+            store.delete(f"{self._prefix}/{name}")
+        with _lock:
+            _lines[root].number = min(_lines[root].number, number - 1)
 
     def tidy(self) -> None:
         """Deletes the keys of earlier saves that everyone has ended; for the primary."""
@@ -213,10 +309,14 @@ class Meeting:
         """How long to wait before looking for failures; of many processes each looks less often, to spare the service."""
         return min(max(0.25, self.job.process_count / 1000), self.timeout_secs / 5)
 
-    def _listed(self, point: str) -> dict[int, bytes]:
-        """What lies below a point, by process."""
+    def _at(self, point: str) -> str:
+        """The key of a point of this attempt."""
+        return f"{self._prefix}/{self._attempt}-{point}"
+
+    def _listed(self, name: str) -> dict[int, bytes]:
+        """What lies below a name, by process."""
         assert self._store is not None
-        return {int(name): value for name, value in self._store.list(f"{self._prefix}/{point}/") if name.isdecimal()}
+        return {int(key): value for key, value in self._store.list(f"{self._prefix}/{name}/") if key.isdecimal()}
 
     def _beats(self, processes: Collection[int]) -> Mapping[int, bytes | None]:
         """The newest signs of life."""
@@ -310,19 +410,20 @@ def convened(job: Job, key_prefix: str | None, timeout_secs: float, doing: str =
 
 
 @contextlib.contextmanager
-def restoring(job: Job, key_prefix: str | None, timeout_secs: float) -> Iterator[None]:
+def restoring(job: Job, key_prefix: str | None, timeout_secs: float) -> Iterator[Meeting]:
     """A meeting of a restore, as `convene` makes it, from beginning to end."""
     with convened(job, key_prefix, timeout_secs, "restore") as meeting, attending(meeting):
         if meeting.job.is_primary:
             meeting.tidy()
-        yield
+        yield meeting
         meeting.end()
 
 
 def convene(job: Job, key_prefix: str | None, timeout_secs: float, doing: str = "save") -> Meeting:
     """The meeting for this process's next save or restore: the n-th call of one process meets the n-th of the others.
 
-    A process that was given up, or started again, joins the save that the primary is at.
+    A process that was given up, or started again, joins the save that the primary is at. A call to which the primary did not come
+    does not count.
 
     Args:
       job: who takes part.
@@ -362,7 +463,7 @@ def _joined(store: Store, root: str, number: int, process: int) -> int:
     if newest <= number or not is_open:
         return number
     records = [json.loads(record) for _, record in store.list(f"{root}/{number}/failed/")]
-    return newest if any(process in record["missing"] for record in records) else number
+    return newest if any(process in record.get("missing", ()) for record in records) else number
 
 
 _alone = Meeting()

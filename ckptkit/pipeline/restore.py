@@ -85,7 +85,7 @@ def restore_leaves(
         raise errors.ArgsError(
             "on_corrupt='skip' and MultiprocessingOptions(single_reader=True) exclude each other; leave out one."
         )
-    sharing = Sharing(meeting, registry, items, needs, where, max_inflight_bytes)
+    sharing = Sharing(meeting, registry, items, needs)
     tracker = reports.current_tracker("restore")
     tracker.verified = tracker.verified and index is not None
     fetches = _parts if index is None and isinstance(reader, PartialReader) else _cells
@@ -94,6 +94,7 @@ def restore_leaves(
     leaves: list[Any] = [...] * len(items)
     damage = {path: [error] for path, error in lost.items()}
     ahead: list[_Reading] = []
+    sharing.begin([batch.positions for batch in batches], where, max_inflight_bytes)
     try:
         for following in [*batches, None]:
             if following is not None:
@@ -102,12 +103,12 @@ def restore_leaves(
                 reading = ahead.pop(0)
                 for key_path, error in _damage(reading, reader, index):
                     damage.setdefault(key_path, []).append(error)
-                sharing.exchange(reading.batch.positions, reading.parts, failed=bool(damage))
+                sharing.exchange(reading.parts, failed=bool(damage))
                 if not (damage or sharing.failed) or on_corrupt == "skip":
                     _assemble(reading, items, registry, damage, leaves)
                 tracker.advance(reading.batch.byte_count)
-    except Exception:
-        sharing.give_up([batch.positions for batch in batches])
+    except BaseException as error:
+        sharing.give_up(error)
         raise
     if damage:
         _tell(damage, [item.key_path for item in items if item.key_path not in damage], where, on_corrupt)

@@ -2,20 +2,26 @@
 
 The processes go through the same batches in the same order. In each, what a process read for others travels as bytes, summed with
 the zeros of those who wait for it, and so as exact as what storage gave, whatever the dtype. A process that fails takes part to
-the end, and says so in the first word of what it sends, since nobody can be called back from a computation on devices.
+the end, and says so in the first word of what it sends, since nobody can be called back from a computation on devices. One that
+cannot, since its devices failed or it was interrupted again, tells the others on the key-value store: they stop waiting, but
+their devices do not, so that JAX must be started again there.
+
+One thread takes all turns on the devices, so that Ctrl-C, which comes to the calling thread, cannot make a process lose count.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import hashlib
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
 from ckptkit import errors
 from ckptkit._telling import named
+from ckptkit._threads import Workers
 from ckptkit.grid import Array, Index, index_nbytes
 from ckptkit.leaves.base import TypeHandler
 from ckptkit.meeting import Meeting
@@ -39,45 +45,60 @@ _Shared = Mapping[Index, _Group]
 """The processes that need a part, in ascending order; the first one reads it."""
 
 
+class _Piece(NamedTuple):
+    """What goes over the devices at once: some of the bytes that a group of processes shares of a batch of leaves.
+
+    Attributes:
+      processes: the group; the first one sends.
+      members: the parts that it shares, each as the number of the leaf in the batch, and where in the leaf.
+      sizes: of the parts, in bytes.
+      start: how many of these bytes went before.
+    """
+
+    processes: _Group
+    members: Sequence[tuple[int, Index]]
+    sizes: Sequence[int]
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        return min(sum(self.sizes) - self.start, (_MAX_WORDS - 1) * _WORD.itemsize)
+
+    @property
+    def words(self) -> int:
+        """How many are sent, one more than the bytes take; few numbers, each of which is compiled once."""
+        return max(_MIN_WORDS, 1 << (-(-self.nbytes // _WORD.itemsize)).bit_length())
+
+
 class Sharing:
     """The part of one process in a restore; of a single one, which reads everything itself, where nobody else takes part."""
 
     def __init__(
-        self,
-        meeting: Meeting,
-        registry: Registry,
-        items: Sequence[RestoreItem],
-        needs: Sequence[Sequence[Index]],
-        where: str,
-        max_inflight_bytes: int,
+        self, meeting: Meeting, registry: Registry, items: Sequence[RestoreItem], needs: Sequence[Sequence[Index]]
     ) -> None:
-        """Compares what the processes restore.
+        """Works out which process reads what.
 
         Args:
           meeting: of the processes.
           registry: knows whose type handlers they are.
           items: what to restore.
           needs: the parts of each that this process needs.
-          where: the checkpoint.
-          max_inflight_bytes: of the restore.
-
-        Raises:
-          errors.ProcessError: other processes restore something else.
         """
         self.several = bool(meeting.job.others)
         self._meeting = meeting
         self._me = meeting.job.process_index
-        self._point = f"restore-{hashlib.blake2b(where.encode(), digest_size=8).hexdigest()}"
+        self._items = items
         self._needs = needs
         self._shared: Sequence[_Shared] = [{}] * len(items)
-        self._failed = False
-        self._cut_off = False  # the devices failed, so that nobody waits for this process
-        self._exchanged = 0
         if self.several:
             self._shared = _shared(items, needs, registry, meeting)
-            self._specs = [item.spec for item in items]
-            facts = [alike.Facts(item.key_path, _told(item, shared)) for item, shared in zip(items, self._shared, strict=True)]
-            alike.agree(meeting, self._point, facts, {"path": where, "bytes in flight": max_inflight_bytes})
+        self._point = meeting.numbered("tree") if self.several else ""
+        self._failed = False
+        self._cut_off = False
+        self._group: _Group = ()  # those whose devices are at it, with this process's
+        self._ahead: deque[deque[_Piece]] = deque()  # by batch, those that have not gone yet
+        self._buffer = np.empty(0, _WORD)
+        self._devices = Workers(1, "ckptkit-exchange")
 
     @property
     def failed(self) -> bool:
@@ -89,19 +110,75 @@ class Sharing:
         shared = self._shared[position]
         return [index for index in self._needs[position] if shared.get(index, (self._me,))[0] == self._me]
 
-    def exchange(self, positions: Sequence[int], parts: Sequence[Mapping[Index, Array]], *, failed: bool) -> None:
-        """Passes on what this process read of a batch of leaves, and fills the parts that others read.
+    def begin(self, batches: Sequence[Sequence[int]], where: str, max_inflight_bytes: int) -> None:
+        """Compares what the processes restore, and takes the memory for passing it on; from now on others rely on this process.
 
         Args:
-          positions: of the leaves.
-          parts: of each of them, those that this process needs; empty where it failed.
+          batches: positions of the leaves.
+          where: the checkpoint.
+          max_inflight_bytes: of the restore.
+
+        Raises:
+          errors.ProcessError: other processes restore something else.
+          errors.StorageError: there is no memory for it.
+        """
+        if not self.several:
+            return
+        self._ahead = deque([deque(self._pieces(positions)) for positions in batches])
+        self._buffer = aligned_empty((max([piece.words for pieces in self._ahead for piece in pieces], default=0),), _WORD)
+        told = [alike.Facts(item.key_path, _told(item, shared)) for item, shared in zip(self._items, self._shared, strict=True)]
+        alike.agree(self._meeting, self._point, told, {"path": where, "bytes in flight": max_inflight_bytes})
+
+    def exchange(self, parts: Sequence[Mapping[Index, Array]], *, failed: bool) -> None:
+        """Passes on what this process read of the next batch of leaves, and fills the parts that others read.
+
+        Args:
+          parts: of each leaf, those that this process needs.
           failed: this process has not read what it should.
 
         Raises:
-          errors.ProcessError: the devices failed.
+          errors.CheckpointError: the devices failed, here or on a process that shares something of the batch.
+          errors.TimeoutError: names those of them that give no sign of life.
         """
-        self._exchanged += 1
+        if not self.several:
+            return
         self._failed |= failed
+        while self._ahead[0]:
+            self._take_turn(parts)
+        self._ahead.popleft()
+
+    def give_up(self, error: BaseException) -> None:
+        """After an error of this process: takes part, without any data, in what others still exchange.
+
+        Where it cannot, or is interrupted, as by a further Ctrl-C, it tells them so.
+        """
+        if not self.several:
+            return
+        self._failed = True
+        finished = False
+        try:
+            if not self._cut_off:
+                with contextlib.suppress(errors.CheckpointError):
+                    self._take_turn(None)  # after the one that was interrupted, if any
+                    while any(self._ahead):
+                        self._take_turn(None)
+                    finished = True
+        finally:
+            if not finished:
+                self._meeting.cut_off(error)
+
+    def end(self) -> None:
+        """Returns once every process has restored everything; raises what went wrong on another."""
+        if not self.several:
+            return
+        point = f"{self._point}-end"
+        if self._meeting.gather(point) is None:
+            self._meeting.hear(point)
+        else:
+            self._meeting.tell(point)
+
+    def _pieces(self, positions: Sequence[int]) -> Iterator[_Piece]:
+        """What this process sends and receives of a batch, in the order that all processes keep to."""
         groups: dict[_Group, list[tuple[int, Index]]] = {}
         for number, position in enumerate(positions):
             for index, processes in self._shared[position].items():
@@ -109,47 +186,48 @@ class Sharing:
                     groups.setdefault(processes, []).append((number, index))
         for processes, members in sorted(groups.items()):
             sizes = [self._nbytes(positions[number], index) for number, index in members]
-            flat = [parts[number][index].reshape(-1).view(np.uint8) for number, index in members] if parts else None
-            for start in range(0, sum(sizes), _MAX_WORDS * _WORD.itemsize - _WORD.itemsize):
-                self._pass_on(processes, sizes, flat, start)
-
-    def give_up(self, batches: Sequence[Sequence[int]]) -> None:
-        """Takes part, without any data, in what others still exchange; after an error of this process."""
-        if self.several and not self._cut_off:
-            for positions in batches[self._exchanged :]:
-                self.exchange(positions, [], failed=True)
-
-    def end(self) -> None:
-        """Returns once every process has restored everything; raises what went wrong on another."""
-        if not self.several:
-            return
-        if self._meeting.gather(f"{self._point}-end") is None:
-            self._meeting.hear(f"{self._point}-end")
-        else:
-            self._meeting.tell(f"{self._point}-end")
+            for start in range(0, sum(sizes), (_MAX_WORDS - 1) * _WORD.itemsize):
+                yield _Piece(processes, members, sizes, start)
 
     def _nbytes(self, position: int, index: Index) -> int:
-        array = self._specs[position].array
+        array = self._items[position].spec.array
         return 0 if array is None else index_nbytes(array, index)
 
-    def _pass_on(self, processes: _Group, sizes: Sequence[int], flat: Sequence[Array] | None, start: int) -> None:
-        """Sends the bytes from `start` on, as many as go at once, or receives them."""
-        nbytes = min(sum(sizes) - start, (_MAX_WORDS - 1) * _WORD.itemsize)
-        words = max(_MIN_WORDS, 1 << (-(-nbytes // _WORD.itemsize)).bit_length())  # and one more; few lengths, each compiled once
-        sent = aligned_empty((words,), _WORD)
+    def _take_turn(self, parts: Sequence[Mapping[Index, Array]] | None) -> None:
+        """Has the next piece go over the devices, after what they are at, and waits for it."""
+        turn = self._devices.submit(self._pass_on, parts)
+        try:
+            self._meeting.wait_for_devices(turn, lambda: self._group)
+        except errors.CheckpointError:
+            self._cut_off |= not turn.done()
+            raise
+
+    def _pass_on(self, parts: Sequence[Mapping[Index, Array]] | None) -> None:
+        """Sends or receives the next piece, if there is one; without data where `parts`, those of its batch, are None."""
+        pieces = next(filter(None, self._ahead), None)
+        if pieces is None:
+            return
+        piece = pieces[0]
+        flat, places = [], []
+        if parts is not None:
+            flat = [parts[number][index].reshape(-1).view(np.uint8) for number, index in piece.members]
+            places = list(_overlaps(piece.sizes, piece.start, piece.nbytes))
+        sends = piece.processes[0] == self._me
+        sent = self._buffer[: piece.words]
         sent.fill(0)
         sent[0] = self._failed
-        sends = processes[0] == self._me
-        if sends and flat is not None:
-            for number, inner, outer in _overlaps(sizes, start, nbytes):
-                sent.view(np.uint8)[outer] = flat[number][inner]
-        self._cut_off = True
-        received = _sum(processes, self._me, sent)
-        self._cut_off = False
+        for number, inner, outer in places if sends else ():
+            sent.view(np.uint8)[outer] = flat[number][inner]
+        self._group = piece.processes
+        pieces.popleft()  # what can go wrong in this process alone lies behind it
+        try:
+            received = _sum(piece.processes, self._me, sent)
+        except errors.CheckpointError:
+            self._cut_off = True
+            raise
         self._failed |= bool(received[0])
-        if not sends and flat is not None:
-            for number, inner, outer in _overlaps(sizes, start, nbytes):
-                flat[number][inner] = received.view(np.uint8)[outer]
+        for number, inner, outer in () if sends else places:
+            flat[number][inner] = received.view(np.uint8)[outer]
 
 
 def _overlaps(sizes: Sequence[int], start: int, nbytes: int) -> Iterator[tuple[int, slice, slice]]:
@@ -190,15 +268,15 @@ def _sum(processes: _Group, me: int, sent: Array) -> Array:
     """
     import jax  # noqa: PLC0415 - who reads everything itself need not have it
 
-    spread, summed, device = _summing(processes, me)
     try:
+        spread, summed, device = _summing(processes, me)
         mine = jax.device_put(sent[None], device)
         rows = jax.make_array_from_single_device_arrays((len(processes), len(sent)), spread, [mine])
         return np.asarray(summed(rows).addressable_data(0))
-    except jax.errors.JaxRuntimeError as error:
+    except Exception as error:
         raise errors.ProcessError(
-            f"process {processes[0]} could not pass on what it read to {named(processes[1:])}: {error}\nTry again, or let each "
-            "process read what it needs: MultiprocessingOptions(single_reader=False)."
+            f"process {processes[0]} could not pass on what it read to {named(processes[1:])}: {error}\nStart the job "
+            "again, or let each process read what it needs: MultiprocessingOptions(single_reader=False)."
         ) from error
 
 

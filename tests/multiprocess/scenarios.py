@@ -17,12 +17,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import ckptkit
 from ckptkit import args as ckpt_args
-from ckptkit import errors
+from ckptkit import checkpointer as checkpointing
+from ckptkit import commit, errors, meeting
 from ckptkit._coordination import Store
 from ckptkit.file_list import read_file_list
 from ckptkit.leaves.jax_array import JaxArrayHandler
 from ckptkit.location import FileLocation
 from ckptkit.options import MultiprocessingOptions
+from ckptkit.pipeline import alike, sharing
+from ckptkit.pipeline import restore as restoring
+from ckptkit.processes import job_of
 from ckptkit.registry import Registry
 from ckptkit.storage._chunk_reader import ChunkReader
 from ckptkit.storage.base import StorageBackend
@@ -489,6 +493,136 @@ def shared_struck(directory: Path, plan: Any) -> Any:
             checkpointer.restore(directory / "shared_zarr", target)
         except errors.CheckpointError as error:
             return [type(error).__name__, str(error), time.monotonic() - start]
+
+
+def shared_cut_off(directory: Path, plan: Any) -> Any:
+    """Process 1 fails, is stopped, or is interrupted twice, where the others' devices wait for its own."""
+
+    def interrupted() -> None:
+        sharing.Sharing._take_turn = lambda *args: _interrupt()
+        _interrupt()
+
+    def failed() -> None:
+        raise errors.ProcessError("no device memory, says the test")
+
+    item = {"a": placed(values()["large"], shardings()["large"])}
+    saved(directory / "cut_off", item)
+    with standard(multiprocessing_options=MultiprocessingOptions(timeout_secs=3, single_reader=True)) as checkpointer:
+        checkpointer.restore(directory / "cut_off")
+        if plan["rank"] == 1:
+            faults = {"fail": failed, "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP), "interrupt": interrupted}
+            owner, name = (restoring, "_damage") if plan["action"] == "interrupt" else (sharing, "_sum")
+            _before_next_call(owner, name, faults[plan["action"]])
+        start = time.monotonic()
+        try:
+            checkpointer.restore(directory / "cut_off")
+        except BaseException as error:
+            return [type(error).__name__, str(error), time.monotonic() - start]
+
+
+def _before_next_call(owner: Any, name: str, act: Any) -> None:
+    """Has the next call of a function begin with `act`."""
+    original = getattr(owner, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        setattr(owner, name, original)
+        act()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, call)
+
+
+def _see_another_version() -> None:
+    """The next look at which checkpoint there is finds another one."""
+    version = commit._version
+    commit._version = lambda location: (setattr(commit, "_version", version), b"another")[1]
+
+
+def _lack_memory() -> None:
+    raise MemoryError("says the test")
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def restores_astray(directory: Path, plan: Any) -> Any:
+    """With one reader: what each process gets, or is told, where one goes astray, and what the same restore gives after it."""
+    here, there = directory / "astray", directory / "astray_too"
+    item = {"a": arrays()["replicated"], "step": 1}
+    for path in (here, there):
+        saved(path, item)
+    alone = MultiprocessingOptions(active_processes={plan["rank"]}, primary_host=plan["rank"])
+    saved(f"/proc/self/cwd/own_{plan['rank']}", {"step": 1}, multiprocessing_options=alone)
+
+    def with_fault(rank: int, owner: Any, name: str, act: Any) -> Any:
+        def restore(checkpointer: Any) -> Any:
+            if plan["rank"] == rank:
+                _before_next_call(owner, name, act)
+            return checkpointer.restore(here)
+
+        return restore
+
+    def overwrite() -> None:
+        saved(here, {"a": np.asarray(values()["replicated"]), "step": 2}, force=True, multiprocessing_options=alone)
+
+    tries = {
+        "other path": lambda checkpointer: checkpointer.restore((here, there)[plan["rank"]]),
+        "missing here": lambda checkpointer: checkpointer.restore("/proc/self/cwd/own_1"),
+        "missing there": lambda checkpointer: checkpointer.restore("/proc/self/cwd/own_0"),
+        "closed": lambda checkpointer: (plan["rank"] and checkpointer.close(), checkpointer.restore(here))[1],
+        "seen late": with_fault(1, commit, "attempts", _see_another_version),
+        "no memory": with_fault(1, sharing, "_overlaps", _lack_memory),
+        "interrupted": with_fault(1, restoring, "_damage", _interrupt),
+        "replaced here": with_fault(0, checkpointing, "read_file_list", overwrite),
+        "replaced there": with_fault(1, checkpointing, "read_file_list", overwrite),
+        "replaced while read": with_fault(1, restoring, "_damage", overwrite),
+    }
+    found = {}
+    options = MultiprocessingOptions(timeout_secs=3, single_reader=True)
+    for name, restore in tries.items():
+        for key, call in ((name, restore), (f"after {name}", lambda checkpointer: checkpointer.restore(here))):
+            with standard(multiprocessing_options=options) as checkpointer:
+                try:
+                    found[key] = call(checkpointer)["step"]
+                except BaseException as error:
+                    found[key] = [type(error).__name__, str(error)]
+    return found
+
+
+def skipped_save(directory: Path, plan: Any) -> Any:
+    """The primary leaves out a save that process 1 waits at; the next one is one of both."""
+    found = None
+    if plan["rank"] == 0:
+        while not (directory / "skipped").exists():
+            time.sleep(0.02)
+    else:
+        try:
+            saved(directory / "skips", {"step": 1}, multiprocessing_options=MultiprocessingOptions(timeout_secs=1))
+        except errors.TimeoutError as error:
+            found = str(error)
+        (directory / "skipped").touch()
+    saved(directory / "after_skips", {"step": 2})
+    return [found, step_there(directory, {"path": "after_skips"})]
+
+
+def disagreements(directory: Path, plan: Any) -> Any:
+    """What is said of leaves that differ late in long words, or of which one process has more."""
+    leaf, rank = alike.Facts(("a",), {"kind": "k"}), plan["rank"]
+    cases = {
+        "long": [alike.Facts(("a",), {"places": "x" * 20_000 + f" {rank} " + "y" * 20_000})],
+        "twice there": [leaf] * (1 + rank),
+        "twice here": [leaf] * (2 - rank),
+    }
+    found = {}
+    for name, leaves in cases.items():
+        before = _told_so_far()
+        try:
+            with meeting.restoring(job_of(SHORT), None, SHORT.timeout_secs) as meet:
+                alike.agree(meet, "tree", leaves, {})
+        except errors.ProcessError as error:
+            found[name] = [str(error), _told_so_far() - before]
+    return found
 
 
 def _restore_with_failing_assembly(checkpointer: Any, path: Path, target: Any, fails: bool) -> Any:

@@ -79,3 +79,20 @@ def test_a_killed_process_fails_the_restore_on_the_others_at_once(tmp_path):
     assert kind == "ProcessError"
     assert "process 0 could not pass on what it read to process 1: " in text
     assert secs < 10
+
+
+@pytest.mark.parametrize(
+    ("action", "kind", "told"),
+    [
+        ("fail", "ProcessError", "process 1 failed: no device memory, says the test"),
+        ("interrupt", "ProcessError", "process 1 failed: KeyboardInterrupt: "),
+        ("stop", "TimeoutError", "process 1 of 2 did not come to the point 'exchange' of the restore"),
+    ],
+)
+def test_nobody_waits_for_ever_for_devices_of_a_process_that_cannot_take_part(tmp_path, action, kind, told):
+    with Job(tmp_path, 2, ["shared_cut_off"], survivors=[0], action=action) as job:
+        job.wait(60, [0])
+        found = job.results("shared_cut_off")[0]["value"]
+    assert found[0] == kind
+    assert told in found[1]
+    assert found[2] < 10

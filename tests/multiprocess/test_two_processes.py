@@ -27,6 +27,9 @@ SCENARIOS = [
     "local_each",
     "missing_call",
     "one_writer",
+    "skipped_save",
+    "disagreements",
+    "restores_astray",
 ]
 
 
@@ -160,3 +163,54 @@ def test_a_process_that_does_not_call_save_is_named_and_may_come_back(found):
 
 def test_a_backend_of_one_process_is_refused(found):
     assert [value["error"] for value in values(found, "one_writer")] == ["ArgsError"] * 2
+
+
+def test_a_save_that_the_primary_leaves_out_does_not_put_the_next_ones_out_of_step(found):
+    (_, step), (told, other) = values(found, "skipped_save")
+    assert "process 0 of 2 did not come to the point 'begin'" in told
+    assert (step, other) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("difference", "told"),
+    [
+        ("long", "leaf ('a',), places ...x"),
+        ("twice there", "process 0 has one less of ('a',), which process 1 has (kind k)"),
+        ("twice here", "process 1 has one less of ('a',), which process 0 has (kind k)"),
+    ],
+)
+def test_what_differs_late_in_long_words_or_is_there_twice_is_told_at_little_traffic(found, difference, told):
+    for value in values(found, "disagreements"):
+        message, byte_count = value[difference]
+        assert f"first difference: {told}" in message
+        assert difference != "long" or all(f"x {rank} y" in message for rank in (0, 1))
+        assert byte_count < 10_000
+
+
+@pytest.mark.parametrize(
+    ("astray", "kinds", "told"),
+    [
+        ("other path", ["ProcessError", "ProcessError"], "do not restore the same"),
+        ("missing here", ["NotFoundError", "NotFoundError"], "no checkpoint here"),
+        ("missing there", ["NotFoundError", "NotFoundError"], "no checkpoint here"),
+        ("closed", ["ClosedError", "ClosedError"], "is closed"),
+        ("no memory", ["ProcessError", "MemoryError"], "says the test"),
+        ("interrupted", ["ProcessError", "KeyboardInterrupt"], ""),
+    ],
+)
+def test_one_process_that_goes_astray_fails_the_restore_on_all_and_the_next_one_succeeds(found, astray, kinds, told):
+    for kind, value in zip(kinds, values(found, "restores_astray"), strict=True):
+        assert value[astray][0] == kind
+        assert told in value[astray][1]
+        assert value[f"after {astray}"] == 1
+
+
+def test_a_process_that_sees_a_replaced_checkpoint_late_has_all_look_again(found):
+    for value in values(found, "restores_astray"):
+        assert (value["seen late"], value["after seen late"]) == (1, 1)
+
+
+@pytest.mark.parametrize("where", ["replaced here", "replaced there", "replaced while read"])
+def test_a_checkpoint_that_one_process_sees_replaced_is_read_anew_by_all(found, where):
+    for value in values(found, "restores_astray"):
+        assert (value[where], value[f"after {where}"]) == (2, 2)
