@@ -67,6 +67,7 @@ class Meeting:
         self._prefix = prefix
         self._store = Store(coordination_client()) if self.job.others else None
         self._failed = False  # it was told to others, or heard from them
+        self._missed_primary = False
         self._attempt = 0
         self._given_up = False  # this attempt
         self._numbered = 0  # points of this attempt, so far
@@ -236,6 +237,7 @@ class Meeting:
 
     def fail(self, error: BaseException) -> None:
         """Tells the others, if they do not know yet; never raises, since it runs where something else went wrong."""
+        self._missed_primary = self.job.primary in getattr(error, "missing", ())
         if self._store is not None and not self._failed:
             self._failed = True
             with contextlib.suppress(errors.CheckpointError):
@@ -277,7 +279,7 @@ class Meeting:
         self._over.set()
         with contextlib.suppress(errors.CheckpointError):
             root, _, number = self._prefix.rpartition("/")
-            if self._failed and not self.job.is_primary and _now(self._store, root)[0] < int(number):
+            if self._missed_primary and _now(self._store, root)[0] < int(number):
                 self._withdraw(self._store, root, int(number))
                 return
             self._store.set(f"{self._prefix}/ended/{self.job.process_index}", b"")
