@@ -517,7 +517,10 @@ def shared_cut_off(directory: Path, plan: Any) -> Any:
         try:
             checkpointer.restore(directory / "cut_off")
         except BaseException as error:
-            return [type(error).__name__, str(error), time.monotonic() - start]
+            found = [type(error).__name__, str(error), time.monotonic() - start]
+        while plan["rank"] == 1 and not (directory / "shared_cut_off_0.json").exists():
+            time.sleep(0.02)  # whoever ends closes connections, which the others' devices notice
+        return found
 
 
 def _before_next_call(owner: Any, name: str, act: Any) -> None:
