@@ -115,7 +115,8 @@ class Checkpointer:
           errors.IncompleteError: a save that never finished.
           errors.TargetError: lists every disagreement between checkpoint and target.
           errors.CorruptCheckpointError: bytes differ from what was written.
-          errors.ProcessError: with `MultiprocessingOptions(single_reader=True)`, other processes restore something else.
+          errors.ProcessError, errors.TimeoutError: with `MultiprocessingOptions(single_reader=True)`, other processes restore
+            something else, fail, or do not come.
         """
         start = time.monotonic()
         with self._reading_together() as meet:

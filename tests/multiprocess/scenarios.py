@@ -593,6 +593,18 @@ def restores_astray(directory: Path, plan: Any) -> Any:
     return found
 
 
+def other_items(directory: Path, plan: Any) -> Any:
+    """With one reader, process 1 asks for an item more."""
+    path, options = directory / "other_items", MultiprocessingOptions(timeout_secs=3, single_reader=True)
+    wanted = {"one": ckpt_args.JsonRestore()} | ({"two": ckpt_args.JsonRestore()} if plan["rank"] else {})
+    with ckptkit.Checkpointer(multiprocessing_options=options) as checkpointer:
+        checkpointer.save(path, ckpt_args.Composite(one=ckpt_args.JsonSave({}), two=ckpt_args.JsonSave({})))
+        try:
+            checkpointer.restore(path, ckpt_args.Composite(**wanted))
+        except errors.ProcessError as error:
+            return str(error)
+
+
 def skipped_save(directory: Path, plan: Any) -> Any:
     """The primary leaves out a save that process 1 waits at; the next one is one of both."""
     found = None

@@ -27,6 +27,7 @@ SCENARIOS = [
     "local_each",
     "missing_call",
     "one_writer",
+    "other_items",
     "skipped_save",
     "disagreements",
     "restores_astray",
@@ -203,6 +204,11 @@ def test_one_process_that_goes_astray_fails_the_restore_on_all_and_the_next_one_
         assert value[astray][0] == kind
         assert told in value[astray][1]
         assert value[f"after {astray}"] == 1
+
+
+def test_processes_that_restore_other_items_are_told_which(found):
+    for value in values(found, "other_items"):
+        assert 'items: process 0: ["one"]; process 1: ["one", "two"]' in value
 
 
 def test_a_process_that_sees_a_replaced_checkpoint_late_has_all_look_again(found):
