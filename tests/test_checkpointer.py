@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -289,6 +291,21 @@ def test_absent_devices_are_an_error_that_names_the_way_out(tmp_path: Path) -> N
     with ckptkit.StandardCheckpointer() as checkpointer:
         restored = checkpointer.restore(tmp_path / "c", fallback_sharding=fallback)
     assert_same(restored, {"a": jax.device_put(jnp.ones(2), fallback)})
+
+
+def test_a_save_keeps_no_container_of_the_tree_alive(tmp_path: Path) -> None:
+    class Large:
+        pass
+
+    large = Large()
+    alive = weakref.ref(large)
+    tree: Any = {"list": [], "dict": {}, "w": np.ones(3)}
+    ckptkit.save(tmp_path / "c", tree)
+    tree["list"].append(large)
+    tree["dict"]["large"] = large
+    del large, tree
+    gc.collect()
+    assert alive() is None
 
 
 def test_none_in_the_target_leaves_a_leaf_unread(tmp_path: Path) -> None:
