@@ -159,7 +159,6 @@ class AsyncCheckpointer(Checkpointer):
             self._thread = threading.Thread(target=self._finish, args=(saving,), name="ckptkit-commit", daemon=False)
             with contextlib.suppress(RuntimeError):  # no more threads, or the interpreter is about to exit
                 self._thread.start()
-                saving.hand_over(self._thread)
                 return
         self._thread = threading.current_thread()
         saving.let_go()
@@ -170,6 +169,7 @@ class AsyncCheckpointer(Checkpointer):
         self.check_for_errors()
 
     def _finish(self, saving: Saving) -> None:
+        saving.hand_over(threading.current_thread())
         if not saving.take():
             return
         try:

@@ -6,8 +6,9 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextvars import ContextVar
-from typing import Literal
+from typing import Any, Literal
 
 import attrs
 
@@ -166,6 +167,7 @@ class Tracker:
       heads: URLs of files of which that holds from a byte on, with the number of bytes before it.
       corrupt: key paths of leaves that were left out because their bytes are damaged.
       let_go: set once nobody waits any more for the call that began the operation.
+      writers: what is done once the threads of a save have ended, known before they start: Ctrl-C may come before it is returned.
     """
 
     _INTERVAL_SECS = 0.25
@@ -178,6 +180,7 @@ class Tracker:
         self.heads: dict[str, int] = {}
         self.corrupt: list[tuple[str, ...]] = []
         self.let_go = threading.Event()
+        self.writers: list[Future[Any]] = []
         self._operation: Operation = operation
         self._path = path
         self._notify = notify

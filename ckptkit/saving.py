@@ -195,11 +195,12 @@ class Saving:
         Where a writer does not stop, the directory stays, and locked: nobody else may write there while it might.
         """
         self._meeting.fail(error)
-        for future in self.writing:
+        writing = [*self.writing, *self._tracker.writers]
+        for future in writing:
             future.cancel()
         self.let_go()
         try:
-            if futures.wait(self.writing, _STOP_SECS).not_done:
+            if futures.wait(writing, _STOP_SECS).not_done:
                 _stuck.append(self._begin)
             else:
                 self._begin.abandon(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import gc
 import os
 import weakref
@@ -453,3 +454,36 @@ def test_one_word_opens_a_checkpoint_on_whatever_devices_are_here(tmp_path: Path
     assert_same(ckptkit.restore(tmp_path / "c", target, devices="numpy"), {**tree, "a": np.arange(4, dtype=np.float16)})
     with pytest.raises(errors.ArgsError, match="one of local, numpy or None"):
         ckptkit.restore(tmp_path / "c", devices="gpu")
+
+
+class _Color(str, enum.Enum):  # noqa: UP042 - whose str() is not its value
+    RED = "red"
+
+
+class _CaseInsensitive(str):
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, str) and self.lower() == other.lower()
+
+    def __hash__(self) -> int:
+        return hash(self.lower())
+
+
+@pytest.mark.parametrize("texts", [(_Color.RED, "red"), ("red", _Color.RED), (_CaseInsensitive("a"), _CaseInsensitive("A"))])
+def test_texts_that_are_equal_and_not_the_same_stay_what_they_are(tmp_path: Path, texts: tuple[str, str]) -> None:
+    with ckptkit.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "c", dict(zip("ab", texts, strict=True)))
+        assert list(checkpointer.restore(tmp_path / "c").values()) == list(map(str, texts))
+
+
+def test_arrays_of_keys_keep_their_own_shardings(tmp_path: Path, mesh: jax.sharding.Mesh) -> None:
+    keys = jax.random.split(jax.random.key(2), 8)
+    specs = [jax.sharding.PartitionSpec("x"), jax.sharding.PartitionSpec()]
+    placed = [jax.device_put(keys, jax.sharding.NamedSharding(mesh, spec)) for spec in specs]
+    tree = {f"k{i}": placed[i % 2] for i in range(12)}
+    ckptkit.save(tmp_path / "c", tree)
+    restored = ckptkit.restore(tmp_path / "c")
+    for name, key in tree.items():
+        assert restored[name].sharding.is_equivalent_to(key.sharding, 1), name
+    assert_same(restored, tree)

@@ -676,3 +676,30 @@ def test_a_sync_that_fails_while_the_file_is_written_fails_the_save(tmp_path, mo
     monkeypatch.setattr(os, "fdatasync", fail)
     with pytest.raises(errors.StorageError, match="the disk is gone"):
         write(FileLocation(tmp_path), {str(i): array((4 * MIB,), seed=i) for i in range(4)})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells which file a descriptor is of")
+def test_a_file_that_fails_to_close_fails_the_save_with_that_error(tmp_path, monkeypatch):
+    close = os.close
+
+    def fail(descriptor):
+        data = "/d/" in os.readlink(f"/proc/self/fd/{descriptor}")
+        close(descriptor)  # as Linux does, whatever it returns
+        if data:
+            raise OSError(errno.EDQUOT, "the quota is used up")
+
+    monkeypatch.setattr(os, "close", fail)
+    with pytest.raises(errors.StorageError, match="the quota is used up"):
+        write(FileLocation(tmp_path), {"a": array((2000,))})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells which files are open")
+def test_a_disk_that_is_full_before_the_first_chunk_leaves_no_file_open(tmp_path, monkeypatch):
+    def fail(descriptor, buffers):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "writev", fail)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(errors.StorageError, match="full"):
+        write(FileLocation(tmp_path), {"a": array((2000,))})
+    assert os.listdir("/proc/self/fd") == before

@@ -52,7 +52,7 @@ class JaxArrayHandler(TypeHandler[jax.Array]):
 
     def describe(self, leaves: Sequence[Leaf]) -> Sequence[LeafSpec | Problem]:
         problems = _problems([leaf.value for leaf in leaves])
-        layouts: dict[Any, _Layout] = {}
+        layouts: dict[Any, tuple[_Layout, Any]] = {}
         if not problems:
             return [_describe(leaf, layouts) for leaf in leaves]
         return [problems.get(i) or _describe(leaf, layouts) for i, leaf in enumerate(leaves)]
@@ -217,11 +217,13 @@ def _problem(value: Any) -> Problem | None:
     return None
 
 
-def _describe(leaf: Leaf, layouts: dict[Any, _Layout]) -> LeafSpec:
+def _describe(leaf: Leaf, layouts: dict[Any, tuple[_Layout, Any]]) -> LeafSpec:
     value = leaf.value
-    key = (value.shape, value.dtype, id(value.sharding), id(leaf.save_args))  # the leaves hold on to both
-    if (layout := layouts.get(key)) is None:
-        layout = layouts[key] = _layout(value, leaf.save_args or _DEFAULT_ARGS)
+    sharding = value.sharding  # of an array of keys a new object every time, which the entry keeps, so that its id stays its own
+    key = (value.shape, value.dtype, id(sharding), id(leaf.save_args))
+    if (known := layouts.get(key)) is None:
+        known = layouts[key] = _layout(value, leaf.save_args or _DEFAULT_ARGS), sharding
+    layout, _ = known
     array = ArraySpec(leaf.name, layout.shape, layout.dtype, layout.chunk_shape)
     return LeafSpec("jax.Array", array, sharding=layout.sharding, extra=layout.extra)
 

@@ -26,7 +26,9 @@ class StringHandler(TypeHandler[str]):
         return [self._describe(leaf) for leaf in leaves]
 
     def kinds(self, leaves: Sequence[str]) -> Kinds | None:
-        return Kinds.of(leaves)  # the text itself is in the spec
+        if StringMetadata in set(map(type, leaves)):
+            return None
+        return Kinds.of(map(str, leaves))  # the text itself is in the spec; a subclass may be equal to another text
 
     def _describe(self, leaf: Leaf) -> LeafSpec | Problem:
         if isinstance(leaf.value, StringMetadata):

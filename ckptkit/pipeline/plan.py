@@ -76,7 +76,7 @@ class Group(NamedTuple):
 
 @attrs.frozen(eq=False, slots=False)  # slots would leave no room for the cached property
 class SavePlan:
-    """What saving a tree will write. It holds no leaf and no container of it, so that it serves the next tree of the same kind too.
+    """What saving a tree will write. It holds no leaf and no container, so that it serves the next tree of the same kind too.
 
     Attributes:
       structure: of the tree, empty nodes included.

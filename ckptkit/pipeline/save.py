@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from queue import SimpleQueue
 from typing import Any, Final, NamedTuple
 
@@ -25,7 +25,7 @@ from ckptkit.storage.base import Writer
 __all__ = ["start_save"]
 
 
-_HOLD_BACK_SECS: Final = 0.1
+_HOLD_BACK_SECS: Final = 0.02
 """How long the writer holds back at most until the call has returned: two threads would take turns of 5 ms at the interpreter."""
 
 
@@ -40,9 +40,24 @@ class _Staged(NamedTuple):
 class _SaveFuture(Future[None]):
     """Done when the writing thread has ended; cancelling asks it to end early."""
 
-    def __init__(self) -> None:
+    def __init__(self, tracker: reports.Tracker) -> None:
         super().__init__()
         self.cancel_requested = threading.Event()
+        self._tracker = tracker
+        tracker.writers.append(self)
+
+    def result(self, timeout: float | None = None) -> None:
+        """As in the base class; who waits has let the caller go."""
+        self._tracker.let_go.set()
+        return super().result(timeout)
+
+    def end(self, error: BaseException | None) -> None:
+        """Nothing is written any more; no harm where that was said before."""
+        with contextlib.suppress(InvalidStateError):
+            if error is None:
+                self.set_result(None)
+            else:
+                self.set_exception(error)
 
     def cancel(self) -> bool:
         """Makes the writer stop before its next batch; the future ends with an error once nothing is written any more."""
@@ -99,10 +114,10 @@ def start_save(
     Returns:
       a future that is done when every file is written.
     """
-    result = _SaveFuture()
+    tracker = reports.current_tracker("save")
+    result = _SaveFuture(tracker)
     batches: SimpleQueue[_Staged | None] = SimpleQueue()
     budget = _Budget(plan.max_inflight_bytes)
-    tracker = reports.current_tracker("save")
     tracker.expect(_byte_count(plan, current_meeting()), sum([len(group.positions) for group in plan.groups]))
     # Not a daemon: the interpreter waits for it at exit, so that a save under way is finished.
     writer = threading.Thread(
@@ -125,16 +140,19 @@ def start_save(
             with paused_gc(), answers.calling(plan.registry, handler, "stage"):
                 staged = handler.stage([(values[i], spec, cell) for i, spec, cell in batch.pieces])
             batches.put(_Staged(handler, batch, staged))
-    except BaseException:
+        batches.put(None)
+        if not writer.ident:
+            with contextlib.suppress(RuntimeError):  # Python 3.12 starts none once the main thread has ended
+                writer.start()
+    except BaseException as error:
         result.cancel()
         batches.put(None)
+        tracker.let_go.set()
         if writer.ident:
             writer.join()  # the caller removes the directory, so nobody may write there any more
+        else:
+            result.end(error)
         raise
-    batches.put(None)
-    if not writer.ident:
-        with contextlib.suppress(RuntimeError):  # Python 3.12 starts none once the main thread has ended
-            writer.start()
     if not writer.ident:
         tracker.let_go.set()
         writer.run()  # then the caller writes, once everything is staged, whatever memory that took
@@ -191,9 +209,9 @@ def _write(
             location.write_bytes(name, data)
     except BaseException as error:  # noqa: BLE001 - it is raised again where the future's result is asked for
         meeting.fail(error)
-        result.set_exception(error)
+        result.end(error)
     else:
-        result.set_result(None)
+        result.end(None)
     finally:
         budget.close()
 

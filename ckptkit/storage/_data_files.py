@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import os
 import secrets
 from collections.abc import Iterator, Sequence
@@ -20,9 +21,9 @@ from ckptkit.storage._values import Bytes
 
 __all__ = ["DataFiles", "data_files"]
 
-# Linux caches a file in pieces that grow with the calls that write it; which sizes find memory fast differs from run to run
-# (docs/performance.md), and large calls are what other programs make.
-_CALL_NBYTES: Final = 1 << 26
+# Linux caches a file in pieces as large as the calls that write it. Large ones are made of memory that a virtual machine may have
+# given back to its host, where touching it takes several times as long as writing does (docs/performance.md).
+_CALL_NBYTES: Final = 1 << 20
 _SYNC_NBYTES: Final = 32 << 20
 _MAX_BUFFERS_PER_CALL: Final = 1024  # IOV_MAX on Linux and macOS
 
@@ -103,9 +104,10 @@ class _LocalFiles(DataFiles):
 
     def close(self) -> None:
         self._syncer.close()  # before the descriptor is closed, and may become another file's
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            with contextlib.suppress(OSError):  # what was finished is closed already
+                os.close(descriptor)
 
     def _put(self, values: Sequence[Bytes]) -> None:
         if not values:
@@ -137,8 +139,8 @@ class _LocalFiles(DataFiles):
     def _end(self) -> None:
         with mapped_os_errors(os.path.join(self._directory, self._path), "sync"):
             self._synced()
-        os.close(self._descriptor)
-        self._descriptor, self._unsynced = -1, 0
+            descriptor, self._descriptor, self._unsynced = self._descriptor, -1, 0  # one that fails to close is closed
+            os.close(descriptor)
 
 
 def _calls(values: Sequence[Bytes]) -> Iterator[list[Bytes]]:

@@ -47,7 +47,11 @@ class OcdbtWriter(Writer):
         self._stored: dict[bytes, Place] = {}  # documents; a model has thousands of arrays and dozens of shapes
         sampled = [array for array in arrays if options.compression == "auto" and _cell_nbytes(array) >= _SAMPLED_NBYTES]
         self._undecided = {array.name: array for array in sampled}
-        self._describe([array for array in arrays if array.name not in self._undecided], options)
+        try:
+            self._describe([array for array in arrays if array.name not in self._undecided], options)
+        except BaseException:
+            self._files.close()
+            raise
 
     def write(self, chunks: Sequence[Chunk]) -> Future[None]:
         values = []

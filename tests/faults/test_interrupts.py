@@ -19,6 +19,7 @@ import pytest
 
 import ckptkit
 from ckptkit import _lifetime
+from ckptkit.pipeline import answers
 
 _FOLDER = os.path.dirname(ckptkit.__file__)
 
@@ -93,3 +94,19 @@ def test_ctrl_c_at_any_line_leaves_one_whole_checkpoint_and_no_lock(tmp_path: Pa
             break
     assert version > 0
     assert not [save for save in _lifetime._under_way if save.goes_on()], "the exit of this process would wait for them"
+
+
+def test_ctrl_c_once_the_writer_has_started_stops_it_before_the_directory_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> Any:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    tree = {str(i): np.full(1 << 18, 7.0) for i in range(40)}
+    for i in range(5):
+        monkeypatch.setattr(answers, "futures", interrupt)  # which the writers' futures are handed to
+        with pytest.raises(KeyboardInterrupt):
+            ckptkit.PyTreeCheckpointer().save(tmp_path / str(i), tree)
+        assert not [thread.name for thread in threading.enumerate() if thread.name == "ckptkit-write"]
+        assert os.listdir(tmp_path) == []
