@@ -68,8 +68,10 @@ class Workers:
         self.close(cancel=error[0] is not None)
 
     def __del__(self) -> None:
-        with contextlib.suppress(AttributeError):  # Ctrl-C came while it was being made
+        try:  # noqa: SIM105 - at the end of the interpreter this module's globals are None
             self._end_threads()
+        except AttributeError:  # Ctrl-C came while it was being made
+            pass
 
     def _end_threads(self) -> None:
         # More than are listed, since a Ctrl-C may have kept one from being noted; and several callers at once may start too many.

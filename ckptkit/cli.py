@@ -12,8 +12,8 @@ import contextlib
 import inspect
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Final, TextIO
 
 import attrs
 
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options))
     except errors.CheckpointError as error:
-        sys.stderr.write(f"ckptkit: {error}\n")
+        _print_lines(f"ckptkit: {error}".split("\n"), sys.stderr)
         return 1 if isinstance(error, errors.CorruptCheckpointError) else 2
 
 
@@ -64,12 +64,11 @@ def _verify(command: argparse.ArgumentParser) -> Run:
         if options.json:
             _print_json({"state": report.state, **attrs.asdict(report)})
             return _STATUS[report.state]
-        for part in (*report.files, *report.leaves):
-            if options.verbose or part.state == "corrupt":
-                sys.stdout.write(f"{part.state}  {part.name}  {part.byte_count} bytes{part.problem and ': '}{part.problem}\n")
+        shown = [part for part in (*report.files, *report.leaves) if options.verbose or part.state == "corrupt"]
+        _print_lines(f"{part.state}  {part.name}  {part.byte_count} bytes{part.problem and ': '}{part.problem}" for part in shown)
         speed = f"{report.byte_count / 1e6:.1f} MB in {report.total_secs:.2f} s"
         counts = f"{len(report.files)} files, {len(report.leaves)} leaves, {len(report.corrupt)} corrupt"
-        sys.stdout.write(f"{report.path}: {_VERDICT[report.state]} ({counts}; {speed})\n")
+        _print_lines([f"{report.path}: {_VERDICT[report.state]} ({counts}; {speed})"])
         return _STATUS[report.state]
 
     return run
@@ -93,7 +92,7 @@ def _clean(command: argparse.ArgumentParser) -> Run:
         lines = [f"{would}removed: {path}" for path in report.removed]
         lines += [f"{would}restored: {path}" for path in report.restored]
         lines += [f"kept: {path} ({reason})" for path, reason in report.kept.items()]
-        sys.stdout.write("".join(f"{line}\n" for line in lines or ["nothing to do"]))
+        _print_lines(lines or ["nothing to do"])
         return 0
 
     return run
@@ -112,7 +111,7 @@ def _plugins(command: argparse.ArgumentParser) -> Run:
         if options.json:
             _print_json([attrs.asdict(plugin) for plugin in found])
         else:
-            sys.stdout.write("".join(f"{line}\n" for plugin in found for line in _plugin_lines(plugin)))
+            _print_lines(line for plugin in found for line in _plugin_lines(plugin))
         return 1 if any(plugin.error for plugin in found) else 0
 
     return run
@@ -144,7 +143,7 @@ def _info(command: argparse.ArgumentParser) -> Run:
         if options.json:
             _print_json({**attrs.asdict(found), "missing": [need.name for need in found.missing]})
         else:
-            sys.stdout.write("".join(f"{line}\n" for line in _info_lines(found)))
+            _print_lines(_info_lines(found))
         return 2 if found.missing else 0
 
     return run
@@ -180,7 +179,7 @@ class _Lines:
     def ckptkit_progress(self, event: ProgressEvent) -> None:
         """Writes how many bytes are done, and of how many."""
         done, total = event.done_byte_count / 1e6, event.total_byte_count / 1e6
-        sys.stderr.write(f"{event.operation} {event.path}: {done:.1f} of {total:.1f} MB\n")
+        _print_lines([f"{event.operation} {event.path}: {done:.1f} of {total:.1f} MB"], sys.stderr)
 
 
 def _observers() -> list[Any]:
@@ -191,6 +190,12 @@ def _observers() -> list[Any]:
         return [progress.TqdmProgress()]
     except errors.ArgsError:
         return [_Lines()]
+
+
+def _print_lines(lines: Iterable[str], file: TextIO | None = None) -> None:
+    """Prints lines, on stdout by default, with what is not printable escaped: names in checkpoints may be a stranger's."""
+    escaped = ["".join([c if c.isprintable() else c.encode("unicode_escape").decode() for c in line]) for line in lines]
+    (file or sys.stdout).write("".join(f"{line}\n" for line in escaped))
 
 
 def _print_json(document: Any) -> None:

@@ -93,8 +93,8 @@ def _imported(point: importlib.metadata.EntryPoint) -> Any:
         wanted = canonicalize_name(required.name) == hookspecs.PROJECT and applies
         if wanted and not required.specifier.contains(__version__, prereleases=True):
             raise errors.PluginError(
-                f"it is built for ckptkit{required.specifier}, and this is ckptkit {__version__}; install versions that fit: "
-                f"pip install --upgrade ckptkit {point.dist and point.dist.name}"
+                f"it is built for ckptkit{required.specifier}, and this is ckptkit {__version__}; install versions that fit, "
+                "each from where it came"
             )
     return point.load()
 

@@ -134,9 +134,12 @@ def write_file_list(
     if FILE_LIST in paths:
         raise errors.ArgsError(f"{location.url}: a handler wrote {FILE_LIST!r}, the name of the checkpoint's list of files.")
     root = location.local_path
+    known = {path: heads[url + path] for path in paths if url + path in heads}
+    whole = [path for path in paths if path not in known]
     with mapped_os_errors(location.url, "list the files"):
-        little = root is not None and sum([os.path.getsize(os.path.join(root, path)) for path in paths]) <= _LITTLE_NBYTES
-    files = _each(lambda path: _measured(location, path, heads.get(url + path)), paths, at_once=little)
+        nbytes = 0 if root is None else sum([os.path.getsize(os.path.join(root, path)) for path in whole], sum(known.values()))
+    little = root is not None and nbytes <= _LITTLE_NBYTES
+    files = _each(lambda path: _measured(location, path, known.get(path)), paths, at_once=little)
     files |= {name: Listed(len(data), xxhash.xxh3_64_hexdigest(data)) for name, data in late.items()}
     location.write_bytes(FILE_LIST, _encode(files, providers))
 
@@ -200,8 +203,8 @@ def _decode(data: bytes, where: str) -> FileList:
 
 def _listed(value: Any, path: str, where: str) -> Listed:
     match value:
-        case [int(size), str(checksum), *rest] if size >= 0 and rest in ([], [True]):
-            return Listed(size, checksum, bool(rest))
+        case [int(size), str(checksum)] | [int(size), str(checksum), True] if size >= 0:
+            return Listed(size, checksum, len(value) == 3)
     raise json.unexpected(where, f"the entry of {path!r}", value, "a size and a checksum")
 
 

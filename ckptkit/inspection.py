@@ -166,7 +166,8 @@ def info(path: str | os.PathLike[str], *, registry: Registry | None = None) -> C
       registry: what there is here; None for the default one.
 
     Raises:
-      errors.NotFoundError, errors.IncompleteError, errors.FormatError: there is no checkpoint at `path`.
+      errors.NotFoundError, errors.IncompleteError, errors.FormatError: there is no checkpoint at `path`, or what describes it is
+        missing.
       errors.CorruptCheckpointError: what describes it is damaged.
     """
     registry = discovery.ready(registry)
@@ -178,6 +179,8 @@ def info(path: str | os.PathLike[str], *, registry: Registry | None = None) -> C
 
 def _info(location: Location, registry: Registry) -> CheckpointInfo:
     listed = read_file_list(location)
+    if listed is not None:
+        listed.check(location, choosing.is_description)
     recorded = choosing.step_metadata(location).item_handlers
     handlers = {"": recorded} if isinstance(recorded, str) else recorded or _inferred(location, registry)
     written_by = {} if listed is None else listed.providers

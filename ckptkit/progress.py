@@ -54,7 +54,7 @@ class TqdmProgress:
         try:
             from tqdm.auto import tqdm  # noqa: PLC0415 - an extra
         except ImportError as error:
-            raise errors.ArgsError("TqdmProgress needs tqdm: pip install 'ckptkit[progress]', or use LogProgress.") from error
+            raise errors.ArgsError("TqdmProgress needs tqdm: pip install tqdm, or use LogProgress.") from error
         self._tqdm = tqdm
         self._force = force
         self._bars: dict[tuple[str, str], Any] = {}

@@ -9,6 +9,8 @@ from typing import Final
 __all__ = ["way_out"]
 
 _DISTRIBUTION: Final = re.compile(r"(?!module )([A-Za-z0-9](?:[A-Za-z0-9._-]{0,98}[A-Za-z0-9])?) ([0-9A-Za-z.!+_-]{1,100})")
+_OWN_NAME: Final = "ckptkit"
+"""No command names it: on PyPI it is another project's."""
 _MODULE: Final = re.compile(r"module ([\w.]{1,200})")
 
 
@@ -20,16 +22,15 @@ def way_out(provider: str | None) -> str:
     """
     if provider is not None and (found := _DISTRIBUTION.fullmatch(provider)):
         name = found[1]
-        if (version := _installed(name)) is None:
-            return (
-                f"{provider} provided it when the checkpoint was written; install it, if you trust whoever made the checkpoint: "
-                f"pip install {name}"
-            )
+        version = _installed(name)
         if version == found[2]:
             return f"{provider} provides it and is installed, but has not registered it here; `ckptkit plugins` shows why"
-        return (
-            f"{provider} provided it when the checkpoint was written, {version} is installed here: pip install --upgrade {name}"
-        )
+        here = "" if version is None else f", {version} is installed here"
+        provided = f"{provider} provided it when the checkpoint was written{here}"
+        if name.lower() == _OWN_NAME:
+            return f"{provided}; install that version, from where this one came"
+        command = "pip install" if version is None else "pip install --upgrade"
+        return f"{provided}; install it, if you trust whoever made the checkpoint: {command} {name}"
     if provider is not None and (found := _MODULE.fullmatch(provider)):
         return f"module {found[1]} provided it when the checkpoint was written; import that module, which registers it"
     return "install the package that provides it, or import the module that registers it"

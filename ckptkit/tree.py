@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import attrs
 import jax
@@ -17,7 +17,7 @@ from ckptkit import errors
 from ckptkit._recent import Recent
 from ckptkit.metadata.tree import DICT, SEQUENCE, Key, key_of
 
-__all__ = ["Structure", "flatten", "flatten_alike", "is_empty_node", "key_path"]
+__all__ = ["Structure", "flatten", "flatten_alike", "hollow", "is_empty_node", "key_path"]
 
 
 def is_empty_node(value: Any) -> bool:
@@ -30,6 +30,21 @@ def is_empty_node(value: Any) -> bool:
 def _is_container(kind: Any) -> bool:
     """By type, and remembered: asking 10,000 arrays whether they are a Mapping takes longer than flattening the tree."""
     return issubclass(kind, (Mapping, list, tuple))
+
+
+class _Fieldless(NamedTuple):
+    """An empty named tuple."""
+
+
+def hollow(node: Any) -> Any:
+    """An empty node that is recorded as `node` is, and not the caller's own, which may be filled later, or hold what is large."""
+    if node is None:
+        return None
+    if isinstance(node, Mapping):
+        return {}
+    if isinstance(node, list):
+        return []
+    return _Fieldless() if hasattr(node, "_fields") else ()
 
 
 def key_path(keys: Sequence[Key]) -> tuple[str, ...]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import enum
+import gc
+import json
 import os
+import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -290,6 +293,35 @@ def test_absent_devices_are_an_error_that_names_the_way_out(tmp_path: Path) -> N
     with ckptkit.StandardCheckpointer() as checkpointer:
         restored = checkpointer.restore(tmp_path / "c", fallback_sharding=fallback)
     assert_same(restored, {"a": jax.device_put(jnp.ones(2), fallback)})
+
+
+def test_empty_nodes_are_recorded_by_what_they_are(tmp_path: Path) -> None:
+    class Named(NamedTuple):
+        pass
+
+    class History(list[Any]):
+        pass
+
+    tree = {"None": None, "Dict": {}, "List": [], "Tuple": (), "NamedTuple": Named(), "List too": History(), "w": 1}
+    ckptkit.save(tmp_path / "c", tree)
+    recorded = json.loads((tmp_path / "c" / "_METADATA").read_bytes())["tree_metadata"]
+    words = {entry["key_metadata"][0]["key"]: entry["value_metadata"]["value_type"] for entry in recorded.values()}
+    assert words == {name: name.removesuffix(" too") for name in tree if name != "w"} | {"w": "scalar"}
+
+
+def test_a_save_keeps_no_container_of_the_tree_alive(tmp_path: Path) -> None:
+    class Large:
+        pass
+
+    large = Large()
+    alive = weakref.ref(large)
+    tree: Any = {"list": [], "dict": {}, "w": np.ones(3)}
+    ckptkit.save(tmp_path / "c", tree)
+    tree["list"].append(large)
+    tree["dict"]["large"] = large
+    del large, tree
+    gc.collect()
+    assert alive() is None
 
 
 def test_none_in_the_target_leaves_a_leaf_unread(tmp_path: Path) -> None:

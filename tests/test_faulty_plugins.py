@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
 
 import numpy as np
@@ -341,11 +341,16 @@ class Bare(Async):
     returned = Future()
 
 
+class Text(Async):
+    returned = "ab"
+
+
 HANDLER_FAULTS = {
     NoCoroutine: r"NoCoroutine\.async_save returned \[\]; expected a coroutine: define it with async def",
     Number: r"Number\.async_save returned 7; expected a list of concurrent\.futures\.Future, or None",
     Numbers: r"Numbers\.async_save returned .* expected a list of concurrent\.futures\.Future",
     Bare: r"Bare\.async_save returned <Future.* expected a list of concurrent\.futures\.Future",
+    Text: r"Text\.async_save returned 'ab'; expected a list of concurrent\.futures\.Future",
     Coroutine: r"Coroutine\.save is a coroutine; expected a plain method",
     NoText: r"NoText\.typestr returned 7; expected a builtins\.str",
 }
@@ -401,6 +406,36 @@ def test_what_still_writes_after_a_wrong_answer_is_waited_for(tmp_path, registry
         checkpointer.save(tmp_path / "checkpoint", Args())
     assert ended
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_does_not_stop_after_a_wrong_answer_is_waited_for_within_bounds(tmp_path, registry, monkeypatch):
+    stuck = Future()
+    stuck.set_running_or_notify_cancel()
+    monkeypatch.setattr(Numbers, "returned", (stuck, 7))
+    monkeypatch.setattr(answers, "_STOP_SECS", 0.05)
+    with owned_by(ACME):
+        registry.add_args(Args, Numbers, for_save=True)
+    with ckptkit.Checkpointer(registry=registry) as checkpointer, pytest.raises(errors.PluginError):
+        checkpointer.save(tmp_path / "checkpoint", Args())
+
+
+@pytest.mark.parametrize("gathered", [set, tuple, iter, dict.fromkeys], ids=["set", "tuple", "iterator", "keys"])
+def test_futures_may_come_in_anything_that_can_be_gone_through(tmp_path, registry, gathered):
+    class Working(Async):
+        async def async_save(self, directory, args):
+            def write(name):
+                time.sleep(0.05)
+                (directory / name).write_text(name)
+
+            threads = ThreadPoolExecutor(2)
+            started = [threads.submit(write, name) for name in "ab"]
+            threads.shutdown(wait=False)
+            return gathered(started)
+
+    registry.add_args(Args, Working, for_save=True)
+    with ckptkit.Checkpointer(registry=registry) as checkpointer:
+        checkpointer.save(tmp_path / "checkpoint", Args())
+    assert {"a", "b"} <= {path.name for path in (tmp_path / "checkpoint").iterdir()}
 
 
 def test_a_handler_class_that_lacks_methods_is_refused_when_it_is_registered(registry):

@@ -211,5 +211,5 @@ def test_each_operation_has_a_bar_until_it_is_finished(monkeypatch):
 
 def test_without_tqdm_the_bar_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
-    with pytest.raises(errors.ArgsError, match=r"pip install 'ckptkit\[progress\]'"):
+    with pytest.raises(errors.ArgsError, match="pip install tqdm"):
         progress.TqdmProgress()

@@ -159,8 +159,59 @@ def test_a_package_that_is_there_but_registered_nothing_is_not_to_be_installed_a
     assert "`ckptkit plugins` shows why" in way_out
 
 
-def test_a_package_that_is_there_in_another_version_is_to_be_upgraded():
-    assert "pip install --upgrade numpy" in providers.way_out("numpy 99.0")
+def test_a_package_of_another_version_is_named_with_the_same_caution_as_one_that_is_missing():
+    assert "if you trust whoever made the checkpoint: pip install --upgrade numpy" in providers.way_out("numpy 99.0")
+
+
+def test_no_command_installs_what_bears_the_name_of_ckptkit_elsewhere():
+    assert "pip" not in providers.way_out("ckptkit 99.0")
+    assert "pip" not in providers.way_out("CkptKit 99.0")
+
+
+def changed(file, old, new):
+    data = file.read_bytes()
+    assert old in data
+    file.write_bytes(data.replace(old, new))
+
+
+def test_info_believes_no_description_that_is_not_as_it_was_written(tmp_path, acme, capsys):
+    save(tmp_path / "c", {"a": Meters(np.zeros(5)), "b": np.zeros(3)}, acme)
+    for name, old, new in (
+        ("_METADATA", b"np.ndarray", b"jax.Array"),
+        ("ckptkit_index.json", b"acme-checkpoints", b"evil-checkpoints"),
+    ):
+        written = (tmp_path / "c" / name).read_bytes()
+        changed(tmp_path / "c" / name, old, new)
+        with pytest.raises(errors.CorruptCheckpointError, match=f"{name}: "):
+            inspection.info(tmp_path / "c", registry=acme)
+        assert cli.main(["info", str(tmp_path / "c")]) == 1
+        assert name in capsys.readouterr().err
+        (tmp_path / "c" / name).write_bytes(written)
+
+
+def test_what_a_checkpoint_names_cannot_forge_lines_on_a_terminal(tmp_path, capsys):
+    ckptkit.save(tmp_path / "c\x1b[31m\nd", {"a": np.zeros(5)})
+    (tmp_path / "c\x1b[31m\nd" / "ckptkit_files.json").unlink()
+    file = tmp_path / "c\x1b[31m\nd" / "_CHECKPOINT_METADATA"
+    document = json.loads(file.read_text()) | {"item_handlers": "acme.H\x1b[2K\u202e\n  needs handler 'acme.H'; here: acme 1"}
+    file.write_text(json.dumps(document))
+    assert cli.main(["info", os.fspath(file.parent)]) == 2
+    printed = capsys.readouterr().out
+    assert r"c\x1b[31m\nd (without a list of checksums)" in printed
+    assert r"handler: acme.H\x1b[2K\u202e\n  needs handler" in printed
+    assert all(line.isprintable() for line in printed.split("\n"))
+
+
+@pytest.mark.parametrize("command", ["verify", "clean", "info"])
+def test_names_of_files_are_printed_on_one_line(tmp_path, capsys, command):
+    root = tmp_path / "a\x1b[2K\nb"
+    ckptkit.save(root / "c", args.JsonSave({"a": 1}))
+    (root / "c" / "x\ry").write_text("unlisted")
+    (root / "d.orbax-checkpoint-tmp").mkdir()
+    cli.main([command, os.fspath(root if command == "clean" else root / "c")])
+    printed = "".join(capsys.readouterr())
+    assert r"a\x1b[2K\nb" in printed
+    assert all(line.isprintable() for line in printed.split("\n"))
 
 
 def test_info_on_the_command_line_needs_no_device(tmp_path):
@@ -216,3 +267,4 @@ def test_a_plugin_for_another_ckptkit_is_refused_before_it_is_imported(tmp_path)
     (failure,) = registry.failures
     assert isinstance(failure.error, errors.PluginError)
     assert "plugin late 1.0 (entry point 'plug') failed to load: PluginError: it is built for ckptkit>=99" in str(failure)
+    assert "pip" not in str(failure)

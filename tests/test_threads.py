@@ -71,3 +71,15 @@ def test_threads_that_several_callers_started_at_once_all_end():
         closing.start()
         closing.join(20)
         assert not closing.is_alive()
+
+
+def test_workers_that_outlive_the_modules_that_they_use_end_silently():
+    code = """
+import os
+from ckptkit._threads import Workers
+
+os.kept = Workers(2, "kept")  # until the modules that were imported after this one have lost their names
+os.kept.submit(int).result()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import xxhash
 
 import ckptkit
-from ckptkit import args, cli, commit, errors
+from ckptkit import args, cli, commit, errors, file_list
 from ckptkit.file_list import FILE_LIST, read_file_list, write_file_list
 from ckptkit.location import FileLocation
 from ckptkit.meeting import Meeting
@@ -582,6 +583,26 @@ def test_a_save_lists_no_file_of_another_one_in_the_same_place(request: pytest.F
     listed = read_file_list(first.temporary)
     assert listed is not None
     assert list(listed.files) == ["a"]
+
+
+@pytest.mark.parametrize("mark", [1, 1.0, False, "true", [True]])
+def test_a_listed_file_is_a_head_where_true_says_so_and_nothing_else(tmp_path: Path, mark: Any) -> None:
+    body = json.dumps({"version": 1, "algorithm": "xxh3_64", "files": {"a": [1, "0" * 16, mark]}})[1:]
+    (tmp_path / FILE_LIST).write_text(f'{{"checksum": "{xxhash.xxh3_64_hexdigest(body.encode())}", {body}')
+    with pytest.raises(errors.FormatError, match="the entry of 'a'"):
+        read_file_list(FileLocation(tmp_path))
+
+
+def test_no_thread_is_started_for_the_head_of_a_large_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "large").touch()
+    os.truncate(tmp_path / "large", 64 << 20)
+    monkeypatch.setattr(file_list, "Workers", lambda *arguments: pytest.fail("threads were started"))
+    location = FileLocation(tmp_path)
+    write_file_list(location, (), {f"{location.url}/large": 10}, {}, {})
+    listed = read_file_list(location)
+    assert listed is not None
+    assert (listed.files["large"].size, listed.files["large"].is_head) == (10, True)
+    listed.check(location, lambda path: True)
 
 
 def test_a_save_that_was_given_up_begins_nothing(tmp_path: Path) -> None:

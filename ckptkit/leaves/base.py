@@ -239,9 +239,10 @@ class TypeHandler(abc.ABC, Generic[L]):
         """What each leaf will be stored as, or why it cannot be. No I/O and no copy of data."""
 
     def kinds(self, leaves: Sequence[L]) -> Kinds | None:
-        """Which leaves are alike, so that the methods above and below `stage` are asked for one of each kind; None: unknown.
+        """Which leaves are alike; None: unknown.
 
-        A plan of a save is used again for leaves of equal kinds.
+        `describe`, `owned` and `staged_nbytes` are asked about one leaf of each kind, unless there are save_args, or several
+        processes save. A plan of a save without save_args is used again for leaves of equal kinds.
         """
         return None
 

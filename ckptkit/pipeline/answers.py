@@ -11,8 +11,8 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import inspect
-from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import orjson
@@ -53,6 +53,9 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+_STOP_SECS: Final = 60.0
+"""How long whoever writes by a wrong answer may take to stop."""
 
 
 class Answers:
@@ -382,11 +385,13 @@ def coroutine(registry: Registry, handler: CheckpointHandler, answer: Any) -> Co
 
 def futures(registry: Registry, handler: CheckpointHandler, answer: Any) -> list[concurrent.futures.Future[Any]]:
     """What awaiting `async_save` gives; nobody writes any more where that is wrong."""
-    listed = [] if answer is None else list(answer) if isinstance(answer, Sequence) else [answer]
+    several = isinstance(answer, Iterable) and not isinstance(answer, str | Awaitable)  # an asyncio.Future is iterable, too
+    listed = list(answer) if several else [] if answer is None else [answer]
     made = [future for future in listed if isinstance(future, concurrent.futures.Future)]
-    if isinstance(answer, Sequence | None) and len(made) == len(listed):
+    if (several or answer is None) and len(made) == len(listed):
         return made
-    concurrent.futures.wait([future for future in made if not future.cancel()])  # the directory is about to be removed
+    # The directory is about to be removed.
+    concurrent.futures.wait([future for future in made if not future.cancel()], _STOP_SECS)
     raise Answers(registry, handler, "async_save").mistake(
         f"returned {_shown(answer)}; expected a list of concurrent.futures.Future, or None"
     )

@@ -76,11 +76,11 @@ class Group(NamedTuple):
 
 @attrs.frozen(eq=False, slots=False)  # slots would leave no room for the cached property
 class SavePlan:
-    """What saving a tree will write. It holds no leaf, so that it serves the next tree of the same kind too.
+    """What saving a tree will write. It holds no leaf and no container, so that it serves the next tree of the same kind too.
 
     Attributes:
       structure: of the tree, empty nodes included.
-      empty: the empty nodes, by position.
+      empty: an empty node like each of the tree's, by position.
       groups: the leaves that are stored, by type handler.
       arrays: the arrays that hold leaves, by the position of the leaf.
       backend: where their chunks go.
@@ -100,7 +100,7 @@ class SavePlan:
 
     @functools.cached_property
     def nodes(self) -> Sequence[LeafSpec | Any]:
-        """Per leaf of the structure, its spec, or the empty node itself; made after the caller was let go."""
+        """Per leaf of the structure, its spec, or an empty node like the tree's; made after the caller was let go."""
         nodes = dict(self.empty)
         for group in self.groups:
             for position, number in zip(group.positions, group.numbers, strict=True):
@@ -239,7 +239,7 @@ def _plan(  # noqa: PLR0913, PLR0917 - what `plan_save` is given, and what it ha
         )
         for each, cells in zip(members, owned, strict=True)
     ]
-    empty = {i: value for i, value in enumerate(values) if i not in stored}
+    empty = {i: tree.hollow(value) for i, value in enumerate(values) if i not in stored}
     return SavePlan(structure, empty, groups, arrays, backend, options, max_inflight_bytes, registry)
 
 

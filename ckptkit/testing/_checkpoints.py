@@ -98,6 +98,16 @@ class Checkpoint:
                     raise AssertionError(f"{name}, {what}: other values came back, and no error") from error
             directory.write_bytes(name, data)
 
+    def is_refused(self, damage: str) -> None:
+        """Fails where a restore does not say what is wrong; `damage` says it in the failure."""
+        try:
+            self.restore()
+        except Exception as error:
+            if not _is_meant(error, errors.CheckpointError):
+                raise AssertionError(f"{damage}: expected a CheckpointError of the plugin's own") from error
+        else:
+            raise AssertionError(f"{damage}: no error")
+
     def copied_by_fresh_process(self, storage: str | None = None) -> None:
         """Another process restores this checkpoint and saves what it got as the sibling 'copy'."""
         code = (

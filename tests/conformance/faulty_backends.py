@@ -216,6 +216,15 @@ class NamesWhatNobodyChecks(PlainWriter):
         return {"unused.bin": 1}
 
 
+class Stumbles(PlainReader):
+    """Sees that the file was changed, and raises what no reader may."""
+
+    def arrays(self):
+        if self.location.read_bytes("unused.bin") != b"12":
+            raise ValueError("12 was expected")
+        return super().arrays()
+
+
 class Stale(PlainReader):
     """Hands out what was read of a chunk of this array and shape before, wherever that was."""
 

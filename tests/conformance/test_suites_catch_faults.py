@@ -87,6 +87,13 @@ def test_other_faults_are_caught_on_the_way_back(backend, registry, new_location
     assert_caught(StorageBackendTests().test_arrays_come_back, registry, new_location, backend=backend())
 
 
+def test_an_exception_of_a_readers_own_over_a_changed_data_file_is_caught(registry, new_location):
+    backend = broken(faulty.NamesWhatNobodyChecks, faulty.Stumbles)()
+    check = StorageBackendTests().test_changed_data_files_are_an_error
+    with pytest.raises(AssertionError, match=r"unused\.bin, .*: expected a CheckpointError of the plugin's own"):
+        check(backend, new_location(), registry)
+
+
 def test_a_future_that_waits_for_commit_is_caught(registry, new_location, monkeypatch):
     monkeypatch.setattr("ckptkit.testing._backends.TIMEOUT_SECS", 0.1)
     check = StorageBackendTests().test_data_is_free_when_the_future_is_done

@@ -63,7 +63,7 @@ class Tensor(NamedTuple):
     Attributes:
       array: the array.
       start: where its bytes begin, counted from the end of the header.
-      exact: whether true is always the byte 1, as numpy has it; other programs may write it as any byte but 0.
+      exact: whether the file says that ckptkit wrote it: true is the byte 1 then, and any byte but 0 in files of others.
     """
 
     array: ArraySpec

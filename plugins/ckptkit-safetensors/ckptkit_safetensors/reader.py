@@ -44,7 +44,7 @@ class SafetensorsReader(PartialReader):
             failed: Future[None] = Future()
             failed.set_exception(error)
             return failed
-        parts = [self._pool.submit(_read, path, task) for path, found in direct.items() for task in tasks(found)]
+        parts = [self._pool.submit(_read_direct, *file, task) for file, found in direct.items() for task in tasks(found)]
         parts += [self._pool.submit(_read_rows, *request) for request in by_rows]
         return joined(parts)
 
@@ -61,23 +61,48 @@ class SafetensorsReader(PartialReader):
                 self._places = places(self._path)
             return self._places
 
-    def _planned(self, requests: Sequence[Request]) -> tuple[dict[str, list[Extent]], list[tuple[Place, Index, Index, Array]]]:
-        """What is read straight into its place, by file, and what is read with the rest of its rows."""
-        direct: dict[str, list[Extent]] = {}
+    def _planned(
+        self, requests: Sequence[Request]
+    ) -> tuple[dict[tuple[str, bool], list[Extent]], list[tuple[Place, Index, Index, Array]]]:
+        """What is read straight into its place, by file and whether that is exact, and what is read with the rest of its rows."""
+        direct: dict[tuple[str, bool], list[Extent]] = {}
         by_rows = []
         listed = self._listed()
         for name, index, out in requests:
             if (place := listed.get(name)) is None:
                 raise errors.NotFoundError(errno.ENOENT, f"there is no array {name!r} here", self._path)
-            if place.exact and out.dtype == bool:
-                out = out.view(np.uint8)  # noqa: PLW2901 - the bytes as they are, for whoever checks them
             shape = place.array.shape
             axis = row_axis(shape, out.dtype.itemsize, out.shape)
             if axis == len(shape):
-                direct.setdefault(place.path, []).extend(extents(place.offset, shape, index, out))
+                direct.setdefault((place.path, place.exact), []).extend(extents(place.offset, shape, index, out))
             elif out.size:
                 by_rows.append((place, index, widened(index, shape, axis), out))
         return direct, by_rows
+
+
+def _read_direct(path: str, exact: bool, task: Sequence[Extent]) -> None:  # noqa: FBT001 - never called with a bare True
+    """Fills the memory of the extents of one file with values of numpy's; `exact` is as in `Tensor`."""
+    _read(path, task)
+    for _, memory in task:
+        _settle(memory, path, exact=exact)
+
+
+def _settle(memory: Array, path: str, *, exact: bool) -> None:
+    """Makes each true of a file the byte 1, the only one that numpy knows: other programs may write any byte but 0.
+
+    Raises:
+      errors.CorruptCheckpointError: another byte, where the file is exact.
+    """
+    if memory.dtype != bool:
+        return
+    stored = memory.view(np.uint8)
+    if not exact:
+        np.not_equal(stored, 0, out=memory)
+    elif (largest := stored.max(initial=0)) > 1:
+        raise errors.CorruptCheckpointError(
+            f"{path}: a bool is the byte {largest}, expected 0 or 1, which is all that ckptkit writes: the file is damaged; "
+            "restore another copy."
+        )
 
 
 def _read(path: str, task: Sequence[Extent]) -> None:
@@ -95,9 +120,6 @@ def _read(path: str, task: Sequence[Extent]) -> None:
             os.close(descriptor)
     if end is not None:
         raise errors.CorruptCheckpointError(f"{path}: the file ends at byte {end}: it was cut off; restore another copy.")
-    for _, memory in task:
-        if memory.dtype == bool:  # other programs may write true as any byte but 0, numpy knows 1 only
-            memory[...] = memory.view(np.uint8) != 0
 
 
 def _read_rows(place: Place, index: Index, rows: Index, out: Array) -> None:
@@ -106,3 +128,4 @@ def _read_rows(place: Place, index: Index, rows: Index, out: Array) -> None:
         memory = np.empty([stop - start for start, stop in part], out.dtype)
         _read(place.path, list(extents(place.offset, place.array.shape, part, memory)))
         out[inside(index, part)] = memory[inside(part, index)]
+    _settle(out, place.path, exact=place.exact)

@@ -250,8 +250,22 @@ def test_devices_and_casts_as_for_any_checkpoint(file):
     assert isinstance(ckptkit.restore(file, devices="numpy")["model.norm"], np.ndarray)
 
 
+def bools(path, stored, metadata):
+    """A file that holds one array of bools, with these bytes."""
+    header = {"__metadata__": metadata, "a": {"dtype": "BOOL", "shape": [len(stored)], "data_offsets": [0, len(stored)]}}
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + stored)
+
+
 def test_any_byte_but_0_is_true(tmp_path):
-    header = json.dumps({"a": {"dtype": "BOOL", "shape": [4], "data_offsets": [0, 4]}}).encode()
-    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes([0, 1, 2, 255]))
-    found = ckptkit.restore(tmp_path)["a"]
-    assert found.tobytes() == bytes([0, 1, 1, 1])
+    bools(tmp_path / "model.safetensors", bytes([0, 1, 2, 255]), {})
+    assert ckptkit.restore(tmp_path)["a"].tobytes() == bytes([0, 1, 1, 1])
+
+
+@pytest.mark.parametrize("byte", [2, 255])
+def test_a_file_that_claims_to_be_ckptkits_is_held_to_its_bytes_of_bools(tmp_path, byte):
+    bools(tmp_path / "model.safetensors", bytes([0, 1, byte, 1]), {"ckptkit.chunk_shapes": "{}"})
+    with pytest.raises(errors.CorruptCheckpointError, match=rf"a bool is the byte {byte}, expected 0 or 1"):
+        ckptkit.restore(tmp_path)
+    bools(tmp_path / "model.safetensors", bytes([0, 1, 1, 1]), {"ckptkit.chunk_shapes": "{}"})
+    assert ckptkit.restore(tmp_path)["a"].tobytes() == bytes([0, 1, 1, 1])
