@@ -43,12 +43,12 @@ class _SaveFuture(Future[None]):
     def __init__(self, tracker: reports.Tracker) -> None:
         super().__init__()
         self.cancel_requested = threading.Event()
-        self._tracker = tracker
+        self._let_go = tracker.let_go  # and not the tracker, which refers to this
         tracker.writers.append(self)
 
     def result(self, timeout: float | None = None) -> None:
         """As in the base class; who waits has let the caller go."""
-        self._tracker.let_go.set()
+        self._let_go.set()
         return super().result(timeout)
 
     def end(self, error: BaseException | None) -> None:
@@ -144,14 +144,14 @@ def start_save(
         if not writer.ident:
             with contextlib.suppress(RuntimeError):  # Python 3.12 starts none once the main thread has ended
                 writer.start()
-    except BaseException as error:
+    except BaseException:
         result.cancel()
         batches.put(None)
         tracker.let_go.set()
         if writer.ident:
             writer.join()  # the caller removes the directory, so nobody may write there any more
         else:
-            result.end(error)
+            result.end(_given_up())  # not the error itself, whose traceback would keep alive all that led here, locks too
         raise
     if not writer.ident:
         tracker.let_go.set()
@@ -218,7 +218,11 @@ def _write(
 
 def _check_wanted(result: _SaveFuture) -> None:
     if result.cancel_requested.is_set():
-        raise errors.CheckpointError("the save was given up.")
+        raise _given_up()
+
+
+def _given_up() -> errors.CheckpointError:
+    return errors.CheckpointError("the save was given up.")
 
 
 @paused_gc()

@@ -70,7 +70,10 @@ def test_every_check_of_backends_has_its_fault():
     assert BACKENDS.keys() == checks(StorageBackendTests)
 
 
-@pytest.mark.parametrize("check", BACKENDS)
+LONG = {"test_many_arrays_in_proportion", "test_trees_come_back"}
+
+
+@pytest.mark.parametrize("check", [pytest.param(check, marks=pytest.mark.slow) if check in LONG else check for check in BACKENDS])
 def test_the_fault_of_a_backend_is_caught(check, registry, new_location):
     class Suite(StorageBackendTests):
         many = 1_000
@@ -78,6 +81,7 @@ def test_the_fault_of_a_backend_is_caught(check, registry, new_location):
     assert_caught(getattr(Suite(), check), registry, new_location, backend=BACKENDS[check]())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "backend",
     [broken(faulty.SwapsTwoChunks), broken(reader=faulty.Stale), broken(faulty.WritesLater)],
