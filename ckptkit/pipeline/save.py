@@ -44,7 +44,6 @@ class _SaveFuture(Future[None]):
         super().__init__()
         self.cancel_requested = threading.Event()
         self._let_go = tracker.let_go  # and not the tracker, which refers to this
-        tracker.writers.append(self)
 
     def result(self, timeout: float | None = None) -> None:
         """As in the base class; who waits has let the caller go."""
@@ -127,6 +126,7 @@ def start_save(
         daemon=False,
     )
     try:
+        tracker.writers.append(result)  # here, so that it ends whatever happens
         for handler, batch in [(group.handler, batch) for group in plan.groups for batch in group.batches]:
             if not budget.fits(batch.held) and not writer.ident:
                 tracker.let_go.set()  # the call needs the writer, whatever that takes from it
