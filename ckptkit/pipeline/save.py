@@ -40,10 +40,11 @@ class _Staged(NamedTuple):
 class _SaveFuture(Future[None]):
     """Done when the writing thread has ended; cancelling asks it to end early."""
 
-    def __init__(self, tracker: reports.Tracker) -> None:
+    def __init__(self, let_go: threading.Event) -> None:
+        """Takes the event of the tracker, and not the tracker, which refers to this."""
         super().__init__()
         self.cancel_requested = threading.Event()
-        self._let_go = tracker.let_go  # and not the tracker, which refers to this
+        self._let_go = let_go
 
     def result(self, timeout: float | None = None) -> None:
         """As in the base class; who waits has let the caller go."""
@@ -114,7 +115,7 @@ def start_save(
       a future that is done when every file is written.
     """
     tracker = reports.current_tracker("save")
-    result = _SaveFuture(tracker)
+    result = _SaveFuture(tracker.let_go)
     batches: SimpleQueue[_Staged | None] = SimpleQueue()
     budget = _Budget(plan.max_inflight_bytes)
     tracker.expect(_byte_count(plan, current_meeting()), sum([len(group.positions) for group in plan.groups]))
