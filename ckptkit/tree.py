@@ -81,8 +81,8 @@ _structures: Recent[Any, Structure] = Recent(8)
 def flatten(tree: Any) -> tuple[list[Any], Structure]:
     """The leaves of a tree and its structure.
 
-    Structures are kept for a while, since training saves the same tree again and again. They are told apart by jax's treedef, so a
-    node class must put into its auxiliary data whatever the names of its keys depend on.
+    Structures are kept for a while, since training saves the same tree again and again. They are told apart by jax's treedef, so
+    a node class must put into its auxiliary data whatever the names of its keys depend on.
 
     Raises:
       errors.TreeError: jax cannot flatten the tree (dict keys that do not compare, for example).
