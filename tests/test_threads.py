@@ -5,10 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from concurrent.futures import Future
 
 import pytest
 
 from ckptkit._threads import Workers
+from ckptkit.storage import Pending
 
 
 def test_calls_run_and_their_errors_reach_the_caller() -> None:
@@ -38,6 +40,7 @@ def test_they_take_calls_while_the_interpreter_exits() -> None:
     code = """
 import threading, time
 from ckptkit._threads import Workers
+from ckptkit.storage import Pending
 
 def late():
     threading.main_thread().join()
@@ -77,9 +80,27 @@ def test_workers_that_outlive_the_modules_that_they_use_end_silently():
     code = """
 import os
 from ckptkit._threads import Workers
+from ckptkit.storage import Pending
 
 os.kept = Workers(2, "kept")  # until the modules that were imported after this one have lost their names
 os.kept.submit(int).result()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_pending_keeps_what_failed_first_and_forgets_the_rest():
+    pending, parts = Pending(), [Future() for _ in range(4)]
+    whole = pending.add(parts)
+    parts[2].set_result(None)
+    pending.raise_failed()
+    parts[3].set_exception(OSError("the first"))
+    parts[0].set_exception(OSError("the second"))
+    assert not whole.done()
+    with pytest.raises(OSError, match="the first"):
+        pending.raise_failed()
+    parts[1].set_result(None)
+    with pytest.raises(OSError, match="the first"):
+        pending.wait()
+    assert not pending._parts
+    Pending().wait()

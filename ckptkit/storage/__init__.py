@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ckptkit.location import MarkerLocation as MarkerLocation
     from ckptkit.location import mapped_os_errors as mapped_os_errors
     from ckptkit.processes import Job as Job
+    from ckptkit.storage._futures import Pending as Pending
     from ckptkit.storage._futures import joined as joined
     from ckptkit.storage.base import ManyWriters as ManyWriters
     from ckptkit.storage.base import PartialReader as PartialReader
@@ -43,6 +44,7 @@ else:
             "ManyWriters": "ckptkit.storage.base",
             "MarkerLocation": "ckptkit.location",
             "PartialReader": "ckptkit.storage.base",
+            "Pending": "ckptkit.storage._futures",
             "Reader": "ckptkit.storage.base",
             "StorageBackend": "ckptkit.storage.base",
             "Workers": "ckptkit._threads",

@@ -1,4 +1,4 @@
-"""Futures that stand for several, or for what is done already."""
+"""Futures that stand for several, or for what is done already, and the futures of a writer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 
-__all__ = ["done", "joined"]
+__all__ = ["Pending", "done", "joined"]
 
 
 def done() -> Future[None]:
@@ -37,3 +37,37 @@ def joined(parts: Sequence[Future[None]]) -> Future[None]:
     for part in parts:
         part.add_done_callback(finish)
     return whole
+
+
+class Pending:
+    """What a writer has under way.
+
+    It forgets what succeeded, and keeps what failed first, to be raised where the writer is used next. A call costs the same
+    however much is under way.
+    """
+
+    def __init__(self) -> None:
+        self._parts: set[Future[None]] = set()
+        self._failed: Future[None] | None = None
+
+    def add(self, parts: Sequence[Future[None]]) -> Future[None]:
+        """Takes futures on; returns one that is done when they are, as `joined` makes it."""
+        self._parts.update(parts)
+        for part in parts:
+            part.add_done_callback(self._end)
+        return joined(parts)
+
+    def raise_failed(self) -> None:
+        """Raises what failed first, if anything has."""
+        if self._failed is not None:
+            self._failed.result()
+
+    def wait(self) -> None:
+        """Waits until everything is done; raises what failed first."""
+        joined(list(self._parts)).exception()
+        self.raise_failed()
+
+    def _end(self, part: Future[None]) -> None:
+        if self._failed is None and (part.cancelled() or part.exception() is not None):
+            self._failed = part
+        self._parts.discard(part)

@@ -18,7 +18,7 @@ from ckptkit._threads import Workers
 from ckptkit.location import mapped_os_errors
 from ckptkit.options import StorageOptions
 from ckptkit.processes import Job
-from ckptkit.storage._futures import joined
+from ckptkit.storage._futures import Pending
 from ckptkit.storage._values import Bytes, Extent, Value, Values, key_prefix, read_files
 from ckptkit.storage._zarr_cells import encoded_cell
 from ckptkit.storage.base import ArraySpec, Chunk, Writer
@@ -100,26 +100,19 @@ class FileWriter(Writer):
             if job.is_primary:
                 files.append((key_prefix(array.name) + DOCUMENT_NAMES[document.version], data))
         batches = [files[i : i + _BATCH_FILES] for i in range(0, len(files), _BATCH_FILES)]
-        self._writing = [self._pool.submit(self._write_documents, batch) for batch in batches]
+        self._pending = Pending()
+        self._pending.add([self._pool.submit(self._write_documents, batch) for batch in batches])
 
     def write(self, chunks: Sequence[Chunk]) -> Future[None]:
-        self._raise_what_failed()
-        parts = [self._pool.submit(self._write_chunks, batch) for batch in _batches(chunks)]
-        self._writing += parts
-        return joined(parts)
+        self._pending.raise_failed()
+        return self._pending.add([self._pool.submit(self._write_chunks, batch) for batch in _batches(chunks)])
 
     def commit(self) -> None:
-        joined(self._writing).result()
+        self._pending.wait()
         self._pool.close()
 
     def abort(self) -> None:
         self._pool.close(cancel=True)
-
-    def _raise_what_failed(self) -> None:
-        for part in self._writing:
-            if part.done():
-                part.result()
-        self._writing = [part for part in self._writing if not part.done()]
 
     def _write_documents(self, files: Sequence[tuple[str, bytes]]) -> None:
         for key, data in files:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import socket
@@ -50,7 +51,11 @@ class Server:
         command += [f"-{name}={port}" for name, port in self._ports.items()]
         with open(self._directory / "log", "ab") as log:
             self._process = subprocess.Popen(
-                command, env={**os.environ, **ACCESS, "S3_BUCKET": "bucket"}, stdout=log, stderr=log, cwd=self._directory
+                command,
+                env={**os.environ, **ACCESS, "S3_BUCKET": "bucket", "TMPDIR": str(self._directory)},  # for its log files
+                stdout=log,
+                stderr=log,
+                cwd=self._directory,
             )
         deadline = time.monotonic() + 30
         while not self._answers():
@@ -73,6 +78,15 @@ class Server:
         if self._process is not None:
             self._process.kill()
             self._process.wait(10)
+            _remove_sockets_of_the_dead()
+
+
+def _remove_sockets_of_the_dead():
+    """The program leaves sockets here, wherever TMPDIR is; those of servers that live stay."""
+    for file in Path("/tmp").glob("seaweedfs-*.sock"):  # noqa: S108
+        with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(FileNotFoundError):
+            if probe.connect_ex(str(file)) == errno.ECONNREFUSED:
+                file.unlink()
 
 
 def pytest_configure(config):

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 
 import numpy as np
 
-from ckptkit.storage import ArraySpec, Chunk, Index, Workers, Writer, joined, mapped_os_errors, whole
+from ckptkit.storage import ArraySpec, Chunk, Index, Pending, Workers, Writer, mapped_os_errors, whole
 from ckptkit_safetensors.extents import Extent, cut, extents, inside, move, row_axis, tasks, widened
 from ckptkit_safetensors.files import INDEX_FILE, Place, encode_index, file_names, split
 from ckptkit_safetensors.header import encode, order
@@ -33,10 +33,10 @@ class SafetensorsWriter(Writer):
         self._heads = {name: self._create(os.path.join(directory, name), part) for name, part in self._files.items()}
         self._pool = Workers(min(4, os.cpu_count() or 1), "ckptkit-write-safetensors")
         self._rows = threading.Lock()
-        self._writing: list[Future[None]] = []
+        self._pending = Pending()
 
     def write(self, chunks: Sequence[Chunk]) -> Future[None]:
-        self._raise_what_failed()
+        self._pending.raise_failed()
         direct: dict[str, list[Extent]] = {}
         by_rows: list[tuple[Place, Chunk, Index]] = []
         for chunk in chunks:
@@ -50,11 +50,10 @@ class SafetensorsWriter(Writer):
         parts = [self._pool.submit(_write, path, task) for path, found in direct.items() for task in tasks(found)]
         if by_rows:
             parts.append(self._pool.submit(self._write_rows, by_rows))
-        self._writing += parts
-        return joined(parts)
+        return self._pending.add(parts)
 
     def commit(self) -> None:
-        joined(self._writing).result()
+        self._pending.wait()
         self._pool.close()
         if len(self._files) > 1:
             path = os.path.join(self._directory, INDEX_FILE)
@@ -73,12 +72,6 @@ class SafetensorsWriter(Writer):
         _make(path, header, len(header) + nbytes)
         self._places |= {name: Place(array, path, len(header) + start) for name, (array, start, _) in tensors.items()}
         return len(header)
-
-    def _raise_what_failed(self) -> None:
-        for part in self._writing:
-            if part.done():
-                part.result()
-        self._writing = [part for part in self._writing if not part.done()]
 
     def _write_rows(self, scattered: list[tuple[Place, Chunk, Index]]) -> None:
         """Writes chunks whose runs are too short to write alone: into their rows, as far as these are written."""
