@@ -41,9 +41,9 @@ _DIGITS = 16
 
 def block_checksums(data: npt.NDArray[Any]) -> str:
     """The checksums of a C-contiguous array's bytes, block by block; '' for no bytes."""
-    flat: Any = data.reshape(-1).view(np.uint8)
     if 0 < data.nbytes <= BLOCK_BYTE_SIZE:
-        return xxhash.xxh3_64_hexdigest(flat)
+        return xxhash.xxh3_64_hexdigest(data)
+    flat: Any = data.reshape(-1).view(np.uint8)
     return "".join(xxhash.xxh3_64_hexdigest(flat[i : i + BLOCK_BYTE_SIZE]) for i in range(0, flat.size, BLOCK_BYTE_SIZE))
 
 
@@ -197,6 +197,8 @@ _TABLES = {
 
 def _position(array: ArraySpec, index: Index) -> int:
     """Where a chunk stands in C order of the grid."""
+    if array.chunk_shape == array.shape:  # most arrays, of which there may be many
+        return 0
     position = 0
     for (start, _), n, c in zip(index, array.shape, array.chunk_shape, strict=True):
         position = position * -(-n // c) + start // c
