@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 
 import ml_dtypes
 import numpy as np
+import orjson
 
 from ckptkit import errors
 from ckptkit.storage import ArraySpec, chunk_count
@@ -68,7 +69,7 @@ class Tensor(NamedTuple):
 
     array: ArraySpec
     start: int
-    exact: bool = False
+    exact: bool
 
 
 def order(arrays: Sequence[ArraySpec]) -> list[ArraySpec]:
@@ -76,8 +77,8 @@ def order(arrays: Sequence[ArraySpec]) -> list[ArraySpec]:
     return sorted(arrays, key=lambda array: -array.dtype.itemsize)
 
 
-def encode(arrays: Sequence[ArraySpec]) -> tuple[bytes, dict[str, Tensor], int]:
-    """What stands before the arrays in a file that holds them in this order, where each lies behind it, and their bytes in all.
+def encode(arrays: Sequence[ArraySpec]) -> tuple[bytes, dict[str, int], int]:
+    """What stands before the arrays in a file that holds them in this order, where each begins behind it, and their bytes in all.
 
     The chunks that checksums were taken of are recorded where an array is not one chunk. The format is called 'pt', as by most
     writers: transformers refuses files that do not say one it knows.
@@ -86,29 +87,24 @@ def encode(arrays: Sequence[ArraySpec]) -> tuple[bytes, dict[str, Tensor], int]:
       errors.ArgsError: the header would be larger than the library reads.
     """
     chunks = {a.name: a.chunk_shape for a in arrays if a.chunk_shape != a.shape and a.chunk_shape != _one_chunk(a.shape)}
-    document: dict[str, Any] = {METADATA_KEY: {"format": "pt", _CHUNKS_KEY: _dump(chunks)}}
-    tensors, start = {}, 0
+    document: dict[str, Any] = {METADATA_KEY: {"format": "pt", _CHUNKS_KEY: orjson.dumps(chunks).decode()}}
+    starts, end = {}, 0
     for array in arrays:
-        stop = start + array.nbytes
-        document[array.name] = {"dtype": WORDS[array.dtype], "shape": array.shape, "data_offsets": (start, stop)}
-        tensors[array.name] = Tensor(array, start, exact=True)
-        start = stop
-    text = _dump(document).encode()
+        start, end = end, end + array.nbytes
+        document[array.name] = {"dtype": WORDS[array.dtype], "shape": array.shape, "data_offsets": (start, end)}
+        starts[array.name] = start
+    text = orjson.dumps(document)
     text += b" " * (-(LENGTH_NBYTES + len(text)) % _ALIGNMENT)
     if len(text) > MAX_NBYTES:
         raise errors.ArgsError(
             f"The names and shapes of {len(arrays)} arrays take {len(text)} bytes, more than the {MAX_NBYTES} that the header of "
             "a safetensors file may have; set a smaller target_data_file_size."
         )
-    return len(text).to_bytes(LENGTH_NBYTES, "little") + text, tensors, start
+    return len(text).to_bytes(LENGTH_NBYTES, "little") + text, starts, end
 
 
 def _one_chunk(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple([max(1, n) for n in shape])
-
-
-def _dump(document: Any) -> str:
-    return json.dumps(document, ensure_ascii=False, separators=(",", ":"))
 
 
 def parse(text: bytes, size: int, where: str) -> Mapping[str, Tensor]:
