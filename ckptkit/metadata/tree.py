@@ -147,8 +147,8 @@ def encode_tree(document: TreeDocument) -> bytes:
     """
     key_json, value_json = functools.cache(_key_json), functools.cache(_value_json)  # leaves share most of theirs
     tree = {
-        str(tuple([key.name for key in keys])): {
-            "key_metadata": [key_json(key) for key in keys],
+        str(tuple(map(_NAME, keys))): {
+            "key_metadata": list(map(key_json, keys)),
             "value_metadata": value_json(value_type, skip, write_shape),
         }
         for keys, value_type, skip, write_shape in document.entries
@@ -166,6 +166,9 @@ def encode_tree(document: TreeDocument) -> bytes:
             **rich,
         }
     )
+
+
+_NAME = operator.attrgetter("name")
 
 
 def _key_json(key: Key) -> dict[str, Any]:
