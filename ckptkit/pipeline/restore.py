@@ -77,6 +77,7 @@ def restore_leaves(
       errors.ProcessError: processes that read for each other do not restore the same.
       errors.CorruptCheckpointError: lists every chunk whose bytes differ from its checksum.
       errors.NotFoundError, errors.FormatError, errors.StorageError: chunks are missing or cannot be read.
+      errors.PluginError: a type handler or the reader did not do what it must.
     """
     needs = _needs(items, registry, where)
     _warn_of_casts(items)
@@ -101,7 +102,7 @@ def restore_leaves(
                 ahead.append(_start_reading(following, items, needs, sharing, registry, reader, fetches))
             if ahead and (following is None or len(ahead) > 1):
                 reading = ahead.pop(0)
-                for key_path, error in _damage(reading, reader, index):
+                for key_path, error in _damage(reading, registry, reader, index):
                     damage.setdefault(key_path, []).append(error)
                 sharing.exchange(reading.parts, failed=bool(damage))
                 if not (damage or sharing.failed) or on_corrupt == "skip":
@@ -308,10 +309,12 @@ def _overlap_slices(inside: Index, other: Index) -> tuple[slice, ...]:
     return tuple([slice(max(a, c) - a, min(b, d) - a) for (a, b), (c, d) in zip(inside, other, strict=True)])
 
 
-def _damage(reading: _Reading, reader: Reader, index: IndexDocument | None) -> list[tuple[KeyPath, errors.CheckpointError]]:
+def _damage(
+    reading: _Reading, registry: Registry, reader: Reader, index: IndexDocument | None
+) -> list[tuple[KeyPath, errors.CheckpointError]]:
     """What is wrong with what was read, by leaf; chunks that did not go straight into their places are copied there."""
     chunks = [ChunkRead(f.array, f.index, f.out) for f in reading.fetched]
-    problems = chunk_problems(chunks, reading.future, reader, index)
+    problems = chunk_problems(chunks, reading.future, registry, reader, index)
     for fetched in reading.fetched:
         for view, inner in fetched.copies:
             view[...] = fetched.out[inner]
