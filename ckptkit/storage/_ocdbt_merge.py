@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import attrs
 import numpy as np
+import tensorstore as ts
 
 from ckptkit import _filesystem
 from ckptkit._gc import paused_gc
@@ -19,6 +20,7 @@ from ckptkit.storage._data_files import data_files
 from ckptkit.storage._ocdbt_nodes import MANIFEST, Entry, Place, encode_manifest, encode_tree
 from ckptkit.storage._ocdbt_values import OcdbtValues
 from ckptkit.storage._ocdbt_writer import OcdbtWriter
+from ckptkit.storage._tensorstore import context_for, mapped_tensorstore_errors
 from ckptkit.storage._values import Extent
 from ckptkit.storage.base import ArraySpec
 
@@ -69,7 +71,10 @@ def merge(location: Location, processes: Sequence[int]) -> list[str]:
 
 
 def _entries(location: Location, directory: str) -> Iterator[Entry]:
-    for key, value in OcdbtValues(location.child(directory)).entries().items():
+    part = location.child(directory)
+    with mapped_tensorstore_errors(part.url):
+        base = ts.KvStore.open(part.kvstore(), context=context_for(part)).result()
+    for key, value in OcdbtValues(part, base).entries().items():
         place = Place(f"{directory}/", value.path, value.offset, value.nbytes) if isinstance(value, Extent) else value
         assert isinstance(place, Place | bytes)  # which is all that a database gives
         yield Entry(key, place)
