@@ -102,9 +102,11 @@ class Server:
 class Disk:
     """A file system of its own on a loop device, whose power can be cut.
 
+    Its image is in memory: what the power cut loses is what the file system has not given to the device.
+
     Args:
       kind: 'ext4' or 'xfs'.
-      directory: for the image, and the mount point `path`.
+      directory: for the mount point `path`.
     """
 
     _SHUTDOWN = 0x8004587D  # FS_IOC_SHUTDOWN
@@ -113,10 +115,10 @@ class Disk:
         if sys.platform != "linux" or os.geteuid() != 0:
             pytest.skip("cutting the power of a disk needs root on Linux, to mount one")
         install(f"mkfs.{kind}", {"ext4": "e2fsprogs", "xfs": "xfsprogs"}[kind])
-        self._image, self.path = directory / "image", directory / "disk"
+        self._memory = os.memfd_create("image")
+        self._image, self.path = Path(f"/proc/{os.getpid()}/fd/{self._memory}"), directory / "disk"
         self.path.mkdir()
-        with self._image.open("wb") as image:
-            image.truncate(400 << 20)  # sparse; the least that mkfs.xfs takes is 300 MB
+        os.truncate(self._memory, 400 << 20)  # sparse; the least that mkfs.xfs takes is 300 MB
         self._call(f"mkfs.{kind}", "-q", self._image)
         try:
             self._mount()
@@ -133,15 +135,17 @@ class Disk:
 
     def remount(self) -> None:
         """What a computer finds when it has power again."""
-        self.unmount()
+        self._call("umount", self.path)
         self._mount()
 
     def sync(self) -> None:
         """All that is there will survive."""
         self._call("sync", "-f", self.path)
 
-    def unmount(self) -> None:
+    def close(self) -> None:
+        """Unmounts it and frees its memory."""
         self._call("umount", self.path)
+        os.close(self._memory)
 
     def _mount(self) -> None:
         self._call("mount", "-o", "loop", self._image, self.path)
