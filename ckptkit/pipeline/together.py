@@ -75,17 +75,19 @@ def _learn(location: Location, file: str, checksums: Mapping[str, Checksums]) ->
 
 def _facts(plan: SavePlan) -> list[alike.Facts]:
     """What must be the same on every process; values kept on hosts may differ, and are the primary's."""
-    shardings: dict[int, str] = {}  # leaves share a few, each as long as there are devices
+    known: dict[Any, dict[str, Any]] = {}  # leaves are of a few kinds, and a sharding's words are as long as there are devices
 
     def told(node: Any) -> dict[str, Any]:
         if not isinstance(node, LeafSpec):
             return {"kind": type(node).__name__}
         if node.array is None:
             return {"kind": node.typestr}
-        if (sharding := shardings.get(id(node.sharding))) is None:
-            sharding = shardings[id(node.sharding)] = repr(node.sharding)
-        _, shape, dtype, chunk_shape = node.array
-        return {"kind": node.typestr, "shape": shape, "dtype": str(dtype), "chunks of": chunk_shape, "sharding": sharding}
+        kind = (node.typestr, *node.array[1:], id(node.sharding))
+        if kind not in known:
+            _, shape, dtype, chunk_shape = node.array
+            words = {"kind": node.typestr, "shape": shape, "dtype": str(dtype), "chunks of": chunk_shape}
+            known[kind] = {**words, "sharding": repr(node.sharding)}
+        return known[kind]
 
     return [alike.Facts(path, told(node)) for path, node in zip(plan.structure.paths, plan.nodes, strict=True)]
 
