@@ -40,13 +40,13 @@ def begin(
     meeting.agree("begin", {"path": location.url, "force": force, **facts})
     if not meeting.job.is_primary:
         return _follow(meeting, registry, location)
-    meeting.tidy()
     pending = commit.begin(location, force=force, mode=mode)
     if meeting.job.others:
         token = secrets.token_hex(16)
         try:
             pending.temporary.write_bytes(_MARK_FILE, token.encode())
             meeting.tell("begin", json.dumps({"temporary": pending.temporary.url, "token": token}).encode())
+            meeting.tidy()  # the others need not wait for it
         except BaseException:
             pending.abandon()
             raise
