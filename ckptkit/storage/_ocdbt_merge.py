@@ -5,11 +5,10 @@ Values stay where they are. The own databases lie below the common one, in `ocdb
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import attrs
 import numpy as np
-import tensorstore as ts
 
 from ckptkit import _filesystem
 from ckptkit._gc import paused_gc
@@ -20,7 +19,6 @@ from ckptkit.storage._data_files import data_files
 from ckptkit.storage._ocdbt_nodes import MANIFEST, Entry, Place, encode_manifest, encode_tree
 from ckptkit.storage._ocdbt_values import OcdbtValues
 from ckptkit.storage._ocdbt_writer import OcdbtWriter
-from ckptkit.storage._tensorstore import context_for, mapped_tensorstore_errors
 from ckptkit.storage._values import Extent
 from ckptkit.storage.base import ArraySpec
 
@@ -59,7 +57,7 @@ def merge(location: Location, processes: Sequence[int]) -> list[str]:
     entries: dict[bytes, Entry] = {}
     directories = [_directory(process) for process in processes]
     for directory in directories:
-        entries.update((entry.key, entry) for entry in _entries(location, directory))
+        entries |= _entries(location, directory)
     files = data_files(location, "", None)
     try:
         root, height = encode_tree(entries.values(), lambda node: files.append([np.frombuffer(node, np.uint8)])[0])
@@ -70,11 +68,10 @@ def merge(location: Location, processes: Sequence[int]) -> list[str]:
     return directories
 
 
-def _entries(location: Location, directory: str) -> Iterator[Entry]:
-    part = location.child(directory)
-    with mapped_tensorstore_errors(part.url):
-        base = ts.KvStore.open(part.kvstore(), context=context_for(part)).result()
-    for key, value in OcdbtValues(part, base).entries().items():
-        place = Place(f"{directory}/", value.path, value.offset, value.nbytes) if isinstance(value, Extent) else value
-        assert isinstance(place, Place | bytes)  # which is all that a database gives
-        yield Entry(key, place)
+def _entries(location: Location, directory: str) -> dict[bytes, Entry]:
+    """What the database of one process holds, by key, with places below the common one."""
+    base, found = f"{directory}/", {}
+    for key, value in OcdbtValues(location.child(directory)).entries().items():
+        assert isinstance(value, Extent | bytes)  # which is all that a database gives
+        found[key] = Entry(key, Place(base, *value) if isinstance(value, Extent) else value)
+    return found

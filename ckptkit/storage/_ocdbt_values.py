@@ -9,6 +9,7 @@ ranges (`_remote_values`).
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import stat
@@ -24,7 +25,7 @@ from ckptkit.location import Location, checked_parts, mapped_os_errors
 from ckptkit.storage._expansion import node_nbytes
 from ckptkit.storage._ocdbt_nodes import MANIFEST
 from ckptkit.storage._remote_values import check_ends, read_ranges
-from ckptkit.storage._tensorstore import mapped_tensorstore_errors
+from ckptkit.storage._tensorstore import context_for, mapped_tensorstore_errors
 from ckptkit.storage._values import Bytes, Extent, Value, Values, cut_off, read_files
 
 __all__ = ["OcdbtValues"]
@@ -43,10 +44,16 @@ _NUMBERED: Final = re.compile(rb"manifest\.[0-9a-f]{16}")
 class OcdbtValues(Values):
     """The newest version of the database at a location."""
 
-    def __init__(self, location: Location, base: ts.KvStore) -> None:
+    def __init__(self, location: Location) -> None:
+        """Opens the place, and reads nothing yet.
+
+        Raises:
+          errors.StorageError: it cannot be opened.
+        """
         self._location = location
         self._directory = location.local_path
-        self._base = base
+        with mapped_tensorstore_errors(location.url):
+            self._base = ts.KvStore.open(location.kvstore(), context=context_for(location)).result()
         self._stored_nbytes = self._decoded_nbytes = 0  # of the nodes read so far
 
     def entries(self) -> dict[bytes, Value]:
@@ -161,5 +168,12 @@ class OcdbtValues(Values):
 
 def _extent(reference: str) -> Extent:
     """Parses `kind:base:path:offset:nbytes`, both names percent-encoded, which TensorStore has written."""
-    _, base, path, offset, nbytes = reference.split(":")
-    return Extent(unquote(base + path) if "%" in reference else base + path, int(offset), int(nbytes))
+    file, offset, nbytes = reference.rsplit(":", 2)
+    return Extent(_path(file), int(offset), int(nbytes))
+
+
+@functools.lru_cache(maxsize=64)
+def _path(file: str) -> str:
+    """The path in `kind:base:path`; the values of a database lie in few files."""
+    _, base, path = file.split(":")
+    return unquote(base + path)
