@@ -46,7 +46,6 @@ def begin(
         try:
             pending.temporary.write_bytes(_MARK_FILE, token.encode())
             meeting.tell("begin", json.dumps({"temporary": pending.temporary.url, "token": token}).encode())
-            meeting.tidy()  # the others need not wait for it
         except BaseException:
             pending.abandon()
             raise

@@ -87,19 +87,27 @@ class Meeting:
           errors.TimeoutError: names those that did not come, nor gave a sign of life.
           errors.CheckpointError: what went wrong on another process.
         """
-        if self._store is None:
-            return {self.job.process_index: brought}
-        if not self.job.is_primary:
+        if self._store is not None and not self.job.is_primary:
             self._store.set(f"{self._at(point)}/{self.job.process_index}", brought)
             return None
-        found = {self.job.process_index: brought}
+        return dict(self.arrivals(point, brought, of))
+
+    def arrivals(self, point: str, brought: bytes = b"", of: Sequence[int] | None = None) -> Iterator[tuple[int, bytes]]:
+        """On the primary, every process with what it brought, as they come; what `gather` returns, and raises, one by one."""
+        yield self.job.process_index, brought
+        if self._store is None:
+            return
+        came = {self.job.process_index}
         watch = _Watch(self._beats, self.timeout_secs)
         while True:
-            found |= self._listed(f"{self._attempt}-{point}")
-            missing = [process for process in of or self.job.processes if process not in found]
+            found = self._listed(f"{self._attempt}-{point}")
+            missing = [process for process in of or self.job.processes if process not in found and process not in came]
             self.raise_failure()  # also where all have come: some may have left again
+            for process in found.keys() - came:
+                yield process, found[process]
+            came |= found.keys()
             if not missing:
-                return found
+                return
             self._raise_lost(watch.lost(missing), point)
             # When the middle one comes, half of the others have come too, so that there are few listings, whatever the order.
             self._store.wait(f"{self._at(point)}/{missing[len(missing) // 2]}", self._slice_secs)
@@ -294,16 +302,14 @@ class Meeting:
         with _lock:
             _lines[root].number = min(_lines[root].number, number - 1)
 
-    def tidy(self) -> None:
+    def _tidy(self, store: Store) -> None:
         """Deletes the keys of earlier saves that everyone has ended; for the primary."""
-        if self._store is None:
-            return
         root, _, number = self._prefix.rpartition("/")
         with _lock:
-            kept = _lines[root].kept
+            kept = _lines[root].kept if root in _lines else []
             for old in [each for each in kept if each < int(number)]:
-                if len(list(self._store.list(f"{root}/{old}/ended/"))) == self.job.process_count:
-                    self._store.delete(f"{root}/{old}")
+                if len(list(store.list(f"{root}/{old}/ended/"))) == self.job.process_count:
+                    store.delete(f"{root}/{old}")
                     kept.remove(old)
 
     @property
@@ -328,8 +334,11 @@ class Meeting:
         return {process: self._store.get(f"{self._prefix}/alive/{process}") for process in processes}
 
     def _live(self) -> None:
-        """The thread that gives signs of life."""
+        """The thread that gives signs of life; on the primary it tidies first, for which nobody need wait."""
         assert self._store is not None
+        if self.job.is_primary:
+            with contextlib.suppress(errors.CheckpointError):
+                self._tidy(self._store)
         for number in itertools.count():
             if self._over.wait(self.timeout_secs / 5):
                 return
@@ -415,8 +424,6 @@ def convened(job: Job, key_prefix: str | None, timeout_secs: float, doing: str =
 def restoring(job: Job, key_prefix: str | None, timeout_secs: float) -> Iterator[Meeting]:
     """A meeting of a restore, as `convene` makes it, from beginning to end."""
     with convened(job, key_prefix, timeout_secs, "restore") as meeting, attending(meeting):
-        if meeting.job.is_primary:
-            meeting.tidy()
         yield meeting
         meeting.end()
 

@@ -192,7 +192,7 @@ def _varints(numbers: Sequence[int]) -> bytes:
     largest = max(numbers, default=0)
     if largest <= 0x7F:
         return bytes(numbers)
-    rests = np.array(numbers, np.uint64)[:, np.newaxis] >> np.arange(0, largest.bit_length(), 7, np.uint64)
+    rests = np.array(numbers, np.uint64)[:, np.newaxis] >> np.arange(0, largest.bit_length(), 7, dtype=np.uint64)
     digits = (rests & 0x7F | (rests > 0x7F) * np.uint64(0x80)).astype(np.uint8)
     rests[:, 0] = 1  # zero has a byte too
     return digits[rests > 0].tobytes()
