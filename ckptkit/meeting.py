@@ -103,7 +103,8 @@ class Meeting:
         while True:
             found = self._listed(self._name(point))
             missing = [process for process in of or self.job.processes if process not in found and process not in came]
-            self.raise_failure()  # also where all have come: some may have left again
+            if not missing:
+                self.raise_failure()  # some may have left again
             for process in found.keys() - came:
                 yield process, found[process]
             came |= found.keys()
@@ -111,7 +112,8 @@ class Meeting:
                 return
             self._raise_lost(watch.lost(missing), point)
             # When the middle one comes, half of the others have come too, so that there are few listings, whatever the order.
-            self._store.wait(f"{self._at(point)}/{missing[len(missing) // 2]}", self._slice_secs)
+            if self._store.wait(f"{self._at(point)}/{missing[len(missing) // 2]}", self._slice_secs) is None:
+                self.raise_failure()
 
     def tell(self, point: str, word: bytes = b"") -> None:
         """The primary's answer to all others."""
