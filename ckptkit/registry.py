@@ -13,7 +13,7 @@ import re
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import attrs
 
@@ -25,6 +25,9 @@ from ckptkit.handlers.base import CheckpointHandler
 from ckptkit.leaves.base import TypeHandler
 from ckptkit.location import Location, LocationPath
 from ckptkit.storage.base import StorageBackend
+
+if TYPE_CHECKING:
+    import pluggy
 
 __all__ = ["Owner", "Plugin", "PluginFailure", "Registration", "Registry", "default_registry", "owned_by"]
 
@@ -41,10 +44,17 @@ _registrant: ContextVar[Owner | None] = ContextVar("ckptkit_registrant", default
 
 @attrs.frozen(eq=False)
 class Plugin:
-    """A loaded plugin: who brought it, and the module or object with its hooks."""
+    """A loaded plugin.
+
+    Attributes:
+      owner: who brought it.
+      plugin: the module or object with its hooks.
+      host: calls them.
+    """
 
     owner: Owner
     plugin: object
+    host: pluggy.PluginManager = attrs.field(repr=False)
 
 
 @attrs.frozen(eq=False)
