@@ -25,7 +25,7 @@ from ckptkit.location import Location, checked_parts, mapped_os_errors
 from ckptkit.storage._expansion import node_nbytes
 from ckptkit.storage._ocdbt_nodes import MANIFEST
 from ckptkit.storage._remote_values import check_ends, read_ranges
-from ckptkit.storage._tensorstore import context_for, mapped_tensorstore_errors
+from ckptkit.storage._tensorstore import mapped_tensorstore_errors
 from ckptkit.storage._values import Bytes, Extent, Value, Values, cut_off, read_files
 
 __all__ = ["OcdbtValues"]
@@ -45,16 +45,10 @@ _NUMBERED: Final = re.compile(rb"manifest\.[0-9a-f]{16}")
 class OcdbtValues(Values):
     """The newest version of the database at a location."""
 
-    def __init__(self, location: Location) -> None:
-        """Opens the place, and reads nothing yet.
-
-        Raises:
-          errors.StorageError: it cannot be opened.
-        """
+    def __init__(self, location: Location, base: ts.KvStore) -> None:
         self._location = location
         self._directory = location.local_path
-        with mapped_tensorstore_errors(location.url):
-            self._base = ts.KvStore.open(location.kvstore(), context=context_for(location)).result()
+        self._base = base
         self._stored_nbytes = self._decoded_nbytes = 0  # of the nodes read so far
 
     def entries(self) -> dict[bytes, Value]:

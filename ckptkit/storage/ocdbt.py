@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import tensorstore as ts
+
 from ckptkit.location import Location
 from ckptkit.options import StorageOptions
 from ckptkit.processes import Job
@@ -16,6 +18,7 @@ from ckptkit.storage._ocdbt_merge import PartWriter, merge
 from ckptkit.storage._ocdbt_nodes import MANIFEST
 from ckptkit.storage._ocdbt_values import OcdbtValues
 from ckptkit.storage._ocdbt_writer import OcdbtWriter
+from ckptkit.storage._tensorstore import context_for, mapped_tensorstore_errors
 from ckptkit.storage._values import key_prefix
 from ckptkit.storage.base import ArraySpec, ManyWriters, Reader, Writer
 from ckptkit.storage.zarr_documents import refusal
@@ -45,7 +48,9 @@ class OcdbtBackend(ManyWriters):
         return merge(location, processes)
 
     def reader(self, location: Location) -> Reader:
-        return ChunkReader(location, OcdbtValues(location))
+        with mapped_tensorstore_errors(location.url):
+            base = ts.KvStore.open(location.kvstore(), context=context_for(location)).result()
+        return ChunkReader(location, OcdbtValues(location, base))
 
     def data_directories(self, names: Iterable[str]) -> Iterable[str]:
         return ("d",)  # values of chunks and documents, and nodes, whose checksums TensorStore verifies
