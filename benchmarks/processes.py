@@ -188,7 +188,7 @@ def print_merge(options: argparse.Namespace) -> None:
             writer.write([Chunk(spec, ((rank, rank + 1), (0, 128)), data) for spec in specs])
             writer.commit()
         start = time.perf_counter()
-        backend.merge(FileLocation(folder), Job(0, tuple(range(count))))
+        backend.merge(FileLocation(folder), range(count))
         seconds = time.perf_counter() - start
         keys = arrays * (count + 1)
         print(f"{keys:9,}{seconds:12.3f}{seconds / keys * 1e6:12.2f}", flush=True)

@@ -31,16 +31,20 @@ def sync_directory(path: str) -> None:
 
 
 def sync_tree(root: str, mode: int | None) -> None:
-    """Syncs every file, then every directory: a directory's entry is durable once its parent is synced."""
+    """Syncs every file and every directory: an entry is durable once its directory is synced, in whatever order.
+
+    Where directories get a `mode`, which may keep their owner out, the files are synced before that.
+    """
     files, directories = [], []
     for directory, _, names in os.walk(root, topdown=False):
         files += [os.path.join(directory, name) for name in names]
         directories.append(directory)
-    _sync_all(files)
     if mode is not None:
+        _sync_all(files)
+        files = []
         for directory in directories:
             os.chmod(directory, mode)
-    _sync_all(directories)
+    _sync_all([*files, *directories])
 
 
 def _sync_all(paths: Sequence[str]) -> None:

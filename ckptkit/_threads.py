@@ -22,6 +22,7 @@ class Workers:
     """
 
     def __init__(self, count: int, name: str) -> None:
+        """At most `count` threads; with 0 a call has ended when `submit` returns."""
         self._count = count
         self._name = name
         self._threads: list[threading.Thread] = []
@@ -34,7 +35,9 @@ class Workers:
             raise RuntimeError("these workers were closed")
         future: Future[T] = Future()
         self._calls.put((future, lambda: function(*args)))
-        if len(self._threads) < self._count:
+        if not self._count:
+            self._run_here()
+        elif len(self._threads) < self._count:
             self._start_thread()
         return future
 
@@ -45,10 +48,13 @@ class Workers:
             thread.start()
         except RuntimeError:  # Python 3.12 starts none once the main thread has ended, and a process may have too many
             if not self._threads:
-                self._calls.put(None)
-                _run(self._calls)
+                self._run_here()
         else:
             self._threads.append(thread)
+
+    def _run_here(self) -> None:
+        self._calls.put(None)
+        _run(self._calls)
 
     def close(self, *, cancel: bool = False) -> None:
         """Waits until every call has ended; `cancel` drops those that have not begun."""

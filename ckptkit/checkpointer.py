@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import attrs
 
-from ckptkit import _lifetime, choosing, discovery, errors, meeting, reports
+from ckptkit import _lifetime, choosing, discovery, errors, meeting, reports, restoration
 from ckptkit._checks import a, given_options, optional
 from ckptkit.file_list import read_file_list
 from ckptkit.handlers.base import AsyncCheckpointHandler, CheckpointHandler, DeferredPathAsyncCheckpointHandler, run_coroutine
@@ -205,7 +205,7 @@ class Checkpointer:
         """Runs the part of a save that the caller waits for in any case."""
         _lifetime.refuse_fork()  # where the connection to the other processes is of no use
         options = self._processes
-        with meeting.convened(job_of(options), options.barrier_sync_key_prefix, options.timeout_secs) as meet:
+        with meeting.convened(meeting.Meeting, job_of(options), options.barrier_sync_key_prefix, options.timeout_secs) as meet:
             self._get_ready()
             self._check_open()
             start = time.monotonic()
@@ -247,12 +247,12 @@ class Checkpointer:
             saving.blocking_secs = time.monotonic() - start
             return saving
 
-    def _reading_together(self) -> contextlib.AbstractContextManager[meeting.Meeting]:
+    def _reading_together(self) -> contextlib.AbstractContextManager[restoration.Restoration]:
         """A meeting with those who read for each other, if any do."""
         _lifetime.refuse_fork()  # as for a save
         options = self._processes
         job = job_of(options) if options.single_reader else Job()
-        return meeting.restoring(job, options.barrier_sync_key_prefix, options.timeout_secs)
+        return restoration.restoring(job, options.barrier_sync_key_prefix, options.timeout_secs)
 
     def _get_ready(self) -> None:
         """What must have ended before the next save begins."""

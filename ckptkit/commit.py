@@ -27,9 +27,9 @@ from ckptkit._filesystem import discard, exchange, remove, sync, sync_tree
 from ckptkit._locks import Lock, try_lock
 from ckptkit.file_list import FILE_LIST
 from ckptkit.location import FileLocation, Location, MarkerLocation, mapped_os_errors
-from ckptkit.meeting import Meeting, current_meeting
 from ckptkit.metadata.step import STEP_FILE
 from ckptkit.reports import CleanReport
+from ckptkit.restoration import Restoration, current_restoration
 
 __all__ = [
     "TEMPORARY_SUFFIX",
@@ -89,7 +89,7 @@ def attempts(find: Callable[[], Location]) -> Iterator[Attempt]:
       errors.BusyError: others replaced the checkpoint during each of a hundred attempts.
       what `find` raises.
     """
-    meeting = current_meeting()
+    meeting = current_restoration()
     for _ in range(_MAX_ATTEMPTS):
         location = find()
         attempt = Attempt(location, meeting)
@@ -109,7 +109,7 @@ def attempts(find: Callable[[], Location]) -> Iterator[Attempt]:
 class Attempt:
     """Reads where a checkpoint is to be read, which the `with` statement gives; `disturbed` tells whether that held."""
 
-    def __init__(self, location: Location, meeting: Meeting) -> None:
+    def __init__(self, location: Location, meeting: Restoration) -> None:
         self._location = location
         self._meeting = meeting
         self._identity = identity(location)

@@ -40,7 +40,6 @@ def begin(
     meeting.agree("begin", {"path": location.url, "force": force, **facts})
     if not meeting.job.is_primary:
         return _follow(meeting, registry, location)
-    meeting.tidy()
     pending = commit.begin(location, force=force, mode=mode)
     if meeting.job.others:
         token = secrets.token_hex(16)

@@ -1,14 +1,14 @@
-"""Where the processes of a job meet while they save or restore together, on the key-value store of JAX's coordination service.
+"""Where the processes of a job meet while they save together, on the key-value store of JAX's coordination service.
 
 No device takes part, so that a save in the background disturbs no training step. At each point of a save every process brings
-something (`gather`), and the primary tells what came of it (`tell`, `hear`). Keys lie below one prefix per save, which the
-primary deletes at a later one, once all have ended it:
+something (`gather`), and the primary tells what came of it (`tell`, `hear`). Restores that are made together are numbered among
+the saves; what is theirs alone is in `restoration`. Keys lie below one prefix for each, which the primary deletes at a later one,
+once all have ended it:
 
     <root>/seen/<process>        the process was here; one that finds its own was started again
     <root>/now                   the number of the primary's newest save, and 'open' or 'over'
-    <root>/<number>/<attempt>-<point>/<process>, .../word     what each brought, and the primary's answer
-    <root>/<number>/failed/<process>                  what went wrong there, or the attempt that it gave up
-    <root>/<number>/cut/<process>                     why it takes no part any more in what devices compute together
+    <root>/<number>/<point>/<process>, .../word       what each brought, and the primary's answer
+    <root>/<number>/failed/<process>                  what went wrong there
     <root>/<number>/alive/<process>                   changes while the process is at it
     <root>/<number>/ended/<process>                   the process writes no more, nor reads these keys
 
@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent import futures
 from contextvars import ContextVar
-from typing import Any, Final, TypeVar
+from typing import Any, ClassVar, Final, TypeVar
 from urllib.parse import quote
 
 import attrs
@@ -36,9 +36,9 @@ from ckptkit._coordination import Store
 from ckptkit._telling import by_value, decoded, encoded, named
 from ckptkit.processes import Job, coordination_client
 
-__all__ = ["Meeting", "attending", "convene", "convened", "current_meeting", "on_primary", "restoring"]
+__all__ = ["Meeting", "Watch", "attending", "convene", "convened", "current_meeting", "on_primary"]
 
-T = TypeVar("T")
+M = TypeVar("M", bound="Meeting")
 
 _FIRST_PAUSE_SECS: Final = 0.001
 _LAST_PAUSE_SECS: Final = 0.1
@@ -50,27 +50,28 @@ _ENDING_SECS: Final = 10.0
 
 
 class Meeting:
-    """One save or restore of several processes; of a single one, where nothing is sent or awaited."""
+    """One save of several processes; of a single one, where nothing is sent or awaited.
 
-    def __init__(self, job: Job | None = None, prefix: str = "", timeout_secs: float = 60, doing: str = "save") -> None:
+    Attributes:
+      doing: what it is, for messages.
+    """
+
+    doing: ClassVar[str] = "save"
+
+    def __init__(self, job: Job | None = None, prefix: str = "", timeout_secs: float = 60) -> None:
         """Begins to give signs of life, until `end`.
 
         Args:
           job: who takes part; None for one process.
           prefix: of this save's keys.
           timeout_secs: after so long without a sign of life a process counts as lost.
-          doing: 'save' or 'restore', for messages.
         """
         self.job = job or Job()
         self.timeout_secs = timeout_secs
-        self._doing = doing
         self._prefix = prefix
         self._store = Store(coordination_client()) if self.job.others else None
         self._failed = False  # it was told to others, or heard from them
         self._missed_primary = False
-        self._attempt = 0
-        self._given_up = False  # this attempt
-        self._numbered = 0  # points of this attempt, so far
         self._over = threading.Event()
         if self._store is not None:
             threading.Thread(target=self._live, name="ckptkit-alive", daemon=True).start()
@@ -87,22 +88,32 @@ class Meeting:
           errors.TimeoutError: names those that did not come, nor gave a sign of life.
           errors.CheckpointError: what went wrong on another process.
         """
-        if self._store is None:
-            return {self.job.process_index: brought}
-        if not self.job.is_primary:
+        if self._store is not None and not self.job.is_primary:
             self._store.set(f"{self._at(point)}/{self.job.process_index}", brought)
             return None
-        found = {self.job.process_index: brought}
-        watch = _Watch(self._beats, self.timeout_secs)
-        for pause in _pauses():
-            found |= self._listed(f"{self._attempt}-{point}")
-            missing = [process for process in of or self.job.processes if process not in found]
-            self.raise_failure()  # also where all have come: some may have left again
+        return dict(self.arrivals(point, brought, of))
+
+    def arrivals(self, point: str, brought: bytes = b"", of: Sequence[int] | None = None) -> Iterator[tuple[int, bytes]]:
+        """On the primary, every process with what it brought, as they come; what `gather` returns, and raises, one by one."""
+        yield self.job.process_index, brought
+        if self._store is None:
+            return
+        came = {self.job.process_index}
+        watch = Watch(self._beats, self.timeout_secs)
+        while True:
+            found = self._listed(self._name(point))
+            missing = [process for process in of or self.job.processes if process not in found and process not in came]
             if not missing:
-                return found
+                self.raise_failure()  # some may have left again
+            for process in found.keys() - came:
+                yield process, found[process]
+            came |= found.keys()
+            if not missing:
+                return
             self._raise_lost(watch.lost(missing), point)
-            time.sleep(pause)
-        raise AssertionError
+            # When the middle one comes, half of the others have come too, so that there are few listings, whatever the order.
+            if self._store.wait(f"{self._at(point)}/{missing[len(missing) // 2]}", self._slice_secs) is None:
+                self.raise_failure()
 
     def tell(self, point: str, word: bytes = b"") -> None:
         """The primary's answer to all others."""
@@ -112,7 +123,7 @@ class Meeting:
     def hear(self, point: str) -> bytes:
         """The primary's answer, once there is one; raises what `gather` raises."""
         assert self._store is not None
-        watch = _Watch(self._beats, self.timeout_secs)
+        watch = Watch(self._beats, self.timeout_secs)
         while True:
             if (word := self._store.wait(f"{self._at(point)}/word", self._slice_secs)) is not None:
                 return word
@@ -144,84 +155,9 @@ class Meeting:
             if explain is not None and (line := explain(other, said[other])) is not None:
                 lines.append(line)
             raise errors.ProcessError(
-                f"the processes of the job do not {self._doing} the same, so nothing was {self._doing}d:{errors.listing(lines)}\n"
-                f"Every process must call {self._doing} with the same path, and a tree of the same kind."
+                f"the processes of the job do not {self.doing} the same, so nothing was {self.doing}d:{errors.listing(lines)}\n"
+                f"Every process must call {self.doing} with the same path, and a tree of the same kind."
             )
-
-    def numbered(self, point: str) -> str:
-        """A point for what may come several times in an attempt: the n-th of one process is the n-th of the others."""
-        self._numbered += 1
-        return f"{point}-{self._numbered}"
-
-    def stands(self, point: str, brought: bytes = b"") -> bool:
-        """Whether all come to a point of an attempt, and bring the same; else it is given up, and `start_over` is next.
-
-        Raises: what `gather` raises.
-        """
-        try:
-            gathered = self.gather(point, brought)
-            if gathered is None:
-                self.hear(point)
-            elif len(set(gathered.values())) > 1:
-                self.give_up_attempt()
-            else:
-                self.tell(point)
-        except errors.BusyError:
-            if not self._given_up:
-                raise
-        return not self._given_up
-
-    def give_up_attempt(self) -> bool:
-        """Has every process leave what it waits for in this attempt, with `errors.BusyError`, so that all begin the next one.
-
-        Returns:
-          False where something has gone wrong for good, so that there is no next one.
-        """
-        if self._store is not None and not self._failed:
-            self._given_up = True
-            self._store.set(f"{self._prefix}/failed/{self.job.process_index}", json.dumps({"gave up": self._attempt}).encode())
-        return not self._failed
-
-    @property
-    def given_up(self) -> bool:
-        """Whether this attempt was given up, here or elsewhere."""
-        return self._given_up
-
-    def start_over(self) -> None:
-        """The next attempt, in which no process meets one that is still at this one."""
-        if self._store is not None:
-            self._attempt += 1
-            self._given_up = False
-            self._numbered = 0
-
-    def wait_for_devices(self, future: futures.Future[T], group: Callable[[], Sequence[int]]) -> T:
-        """The result of what devices of several processes compute together.
-
-        That something went wrong elsewhere is no reason to leave, since who fails takes part to the end, unless it says that it
-        cannot (`cut_off`).
-
-        Args:
-          future: done when this process's devices are.
-          group: tells whose devices must take part in what is being computed.
-
-        Raises:
-          errors.CheckpointError: what keeps a process of the group from taking part.
-          errors.TimeoutError: names those of the group that give no sign of life.
-        """
-        watch = _Watch(self._beats, self.timeout_secs)
-        while not futures.wait([future], self._slice_secs).done:
-            others = [process for process in group() if process != self.job.process_index]
-            if gone := {process: record for process, record in self._listed("cut").items() if process in others}:
-                raise decoded(*min(gone.items()))
-            self._raise_lost(watch.lost(others), "exchange")
-        return future.result()
-
-    def cut_off(self, error: BaseException) -> None:
-        """Tells those who wait for devices of this process that they wait in vain; never raises, as `fail`."""
-        if self._store is not None:
-            with contextlib.suppress(errors.CheckpointError):
-                self._store.set(f"{self._prefix}/cut/{self.job.process_index}", encoded(error))
-        self.fail(error)
 
     def wait(self, writing: Sequence[futures.Future[Any]]) -> None:
         """Waits until everything is done; raises what went wrong with it, or elsewhere."""
@@ -244,17 +180,12 @@ class Meeting:
                 self._store.set(f"{self._prefix}/failed/{self.job.process_index}", encoded(error))
 
     def raise_failure(self) -> None:
-        """Raises what went wrong on another process, if anything did; `errors.BusyError` where it gave up this attempt."""
+        """Raises what went wrong on another process, if anything did."""
         if self._store is None:
             return
-        records = {p: record for p, record in self._listed("failed").items() if p != self.job.process_index}
-        gave_up = {process: json.loads(record).get("gave up") for process, record in records.items()}
-        if failures := [(process, record) for process, record in records.items() if gave_up[process] is None]:
+        if failures := [each for each in self._listed("failed").items() if each[0] != self.job.process_index]:
             self._failed = True
             raise decoded(*min(failures))
-        if leaving := [process for process, attempt in gave_up.items() if attempt >= self._attempt]:
-            self._given_up = True
-            raise errors.BusyError(f"{named(leaving)} must begin the {self._doing} again, and so must the others.")
 
     def await_ends(self, known: BaseException) -> None:
         """On the primary, after a failure, waits a while until no other process writes any more.
@@ -294,16 +225,14 @@ class Meeting:
         with _lock:
             _lines[root].number = min(_lines[root].number, number - 1)
 
-    def tidy(self) -> None:
+    def _tidy(self, store: Store) -> None:
         """Deletes the keys of earlier saves that everyone has ended; for the primary."""
-        if self._store is None:
-            return
         root, _, number = self._prefix.rpartition("/")
         with _lock:
-            kept = _lines[root].kept
+            kept = _lines[root].kept if root in _lines else []
             for old in [each for each in kept if each < int(number)]:
-                if len(list(self._store.list(f"{root}/{old}/ended/"))) == self.job.process_count:
-                    self._store.delete(f"{root}/{old}")
+                if len(list(store.list(f"{root}/{old}/ended/"))) == self.job.process_count:
+                    store.delete(f"{root}/{old}")
                     kept.remove(old)
 
     @property
@@ -311,9 +240,12 @@ class Meeting:
         """How long to wait before looking for failures; of many processes each looks less often, to spare the service."""
         return min(max(0.25, self.job.process_count / 1000), self.timeout_secs / 5)
 
+    def _name(self, point: str) -> str:
+        """What a point is called among the keys."""
+        return point
+
     def _at(self, point: str) -> str:
-        """The key of a point of this attempt."""
-        return f"{self._prefix}/{self._attempt}-{point}"
+        return f"{self._prefix}/{self._name(point)}"
 
     def _listed(self, name: str) -> dict[int, bytes]:
         """What lies below a name, by process."""
@@ -328,8 +260,11 @@ class Meeting:
         return {process: self._store.get(f"{self._prefix}/alive/{process}") for process in processes}
 
     def _live(self) -> None:
-        """The thread that gives signs of life."""
+        """The thread that gives signs of life; on the primary it tidies first, for which nobody need wait."""
         assert self._store is not None
+        if self.job.is_primary:
+            with contextlib.suppress(errors.CheckpointError):
+                self._tidy(self._store)
         for number in itertools.count():
             if self._over.wait(self.timeout_secs / 5):
                 return
@@ -340,15 +275,15 @@ class Meeting:
         if lost:
             error = errors.TimeoutError(
                 f"{named(lost)} of {self.job.process_count} did not come to the point {point.partition('-')[0]!r} of the "
-                f"{self._doing}, and gave no sign of life for {self.timeout_secs:g} s: killed, stopped, or not calling "
-                f"{self._doing}. Process {self.job.process_index} gave up, and nothing was {self._doing}d. "
+                f"{self.doing}, and gave no sign of life for {self.timeout_secs:g} s: killed, stopped, or not calling "
+                f"{self.doing}. Process {self.job.process_index} gave up, and nothing was {self.doing}d. "
                 "MultiprocessingOptions(timeout_secs=...) waits longer."
             )
             error.missing = tuple(lost)
             raise error
 
 
-class _Watch:
+class Watch:
     """Notices, by this process's clock alone, who gives no sign of life any more."""
 
     def __init__(self, beats: Callable[[Collection[int]], Mapping[int, bytes | None]], timeout_secs: float) -> None:
@@ -400,9 +335,9 @@ _lock = threading.Lock()
 
 
 @contextlib.contextmanager
-def convened(job: Job, key_prefix: str | None, timeout_secs: float, doing: str = "save") -> Iterator[Meeting]:
+def convened(kind: type[M], job: Job, key_prefix: str | None, timeout_secs: float) -> Iterator[M]:
     """As `convene`; where the body raises, the others are told."""
-    meeting = convene(job, key_prefix, timeout_secs, doing)
+    meeting = convene(kind, job, key_prefix, timeout_secs)
     try:
         yield meeting
     except BaseException as error:
@@ -411,30 +346,20 @@ def convened(job: Job, key_prefix: str | None, timeout_secs: float, doing: str =
         raise
 
 
-@contextlib.contextmanager
-def restoring(job: Job, key_prefix: str | None, timeout_secs: float) -> Iterator[Meeting]:
-    """A meeting of a restore, as `convene` makes it, from beginning to end."""
-    with convened(job, key_prefix, timeout_secs, "restore") as meeting, attending(meeting):
-        if meeting.job.is_primary:
-            meeting.tidy()
-        yield meeting
-        meeting.end()
-
-
-def convene(job: Job, key_prefix: str | None, timeout_secs: float, doing: str = "save") -> Meeting:
+def convene(kind: type[M], job: Job, key_prefix: str | None, timeout_secs: float) -> M:
     """The meeting for this process's next save or restore: the n-th call of one process meets the n-th of the others.
 
     A process that was given up, or started again, joins the save that the primary is at. A call to which the primary did not come
     does not count.
 
     Args:
+      kind: what to make.
       job: who takes part.
       key_prefix: tells apart what several threads save at once.
       timeout_secs: as for `Meeting`.
-      doing: the same.
     """
     if not job.others:
-        return Meeting(job)
+        return kind(job)
     members = "all" if job.processes == tuple(range(job.process_count)) else "-".join(map(str, job.processes))
     root = f"ckptkit/{quote(key_prefix or '-', safe='')}/{members}"
     store = Store(coordination_client())
@@ -450,7 +375,7 @@ def convene(job: Job, key_prefix: str | None, timeout_secs: float, doing: str = 
             line.kept.append(line.number)
         else:
             line.number = _joined(store, root, line.number, job.process_index)
-        return Meeting(job, f"{root}/{line.number}", timeout_secs, doing)
+        return kind(job, f"{root}/{line.number}", timeout_secs)
 
 
 def _now(store: Store, root: str) -> tuple[int, bool]:

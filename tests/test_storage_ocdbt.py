@@ -358,6 +358,35 @@ def test_what_orbax_merged_from_several_processes_is_read(tmp_path):
     assert_same(read(FileLocation(tmp_path / "step")), {"a": np.arange(5000.0), "b.c": np.arange(6)})
 
 
+def written_in_turn(location, spec, values, count):
+    """Each process once it has written its chunks."""
+    for rank in range(count):
+        writer = BACKEND.writer(location, [spec], StorageOptions(), Job(rank, tuple(range(count))))
+        writer.write(list(chunks_of(spec, values))[rank::count])
+        writer.commit()
+        yield rank
+
+
+@pytest.mark.parametrize("place", [FileLocation, PlaceWithoutPath])
+def test_what_several_processes_wrote_is_one_database(tmp_path, place):
+    values = array((64, 128))
+    directories = BACKEND.merge(place(tmp_path), written_in_turn(place(tmp_path), spec_of("a", values, (8, 128)), values, 4))
+    assert list(directories) == [f"ocdbt.process_{rank}" for rank in range(4)]
+    assert_same(read(place(tmp_path)), {"a": values})
+
+
+def test_a_process_is_read_while_others_still_write(location):
+    values = array((64, 128))
+
+    def processes():
+        for rank in written_in_turn(location, spec_of("a", values, (8, 128)), values, 3):
+            yield rank
+            location.delete(f"ocdbt.process_{rank}/manifest.ocdbt")  # whoever reads it later does not find it
+
+    BACKEND.merge(location, processes())
+    assert_same(read(location), {"a": values})
+
+
 @pytest.mark.parametrize("place", [FileLocation, PlaceWithoutPath])
 @pytest.mark.parametrize(
     "changes",

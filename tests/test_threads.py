@@ -21,6 +21,13 @@ def test_calls_run_and_their_errors_reach_the_caller() -> None:
             futures[1].result()
 
 
+def test_where_there_are_to_be_no_threads_a_call_has_ended_once_it_was_given() -> None:
+    with Workers(0, "none") as workers:
+        future = workers.submit(threading.current_thread)
+        assert future.done()
+        assert future.result() is threading.current_thread()
+
+
 def test_cancelling_drops_what_has_not_begun() -> None:
     begun, end = threading.Event(), threading.Event()
     workers = Workers(1, "test")

@@ -33,7 +33,7 @@ class Facts(NamedTuple):
 
     Attributes:
       path: its key path.
-      told: words for what it is, each under the name that a message gives to it; compared as text.
+      told: words for what it is, each under the name that a message gives to it; compared as text. Leaves may share it.
     """
 
     path: tuple[str, ...]
@@ -52,7 +52,7 @@ def agree(meeting: Meeting, point: str, leaves: Sequence[Facts], others: Mapping
     Raises:
       errors.ProcessError: says which processes differ, and in which leaf first.
     """
-    encoded = [repr((leaf.path, *map(str, leaf.told.values()))).encode() for leaf in leaves]
+    encoded = _encoded(leaves)
     facts = {"leaves": len(leaves), "digest of the leaves": _digests(encoded, [len(encoded)])[0], **others}
     asked = itertools.count()
 
@@ -84,6 +84,15 @@ def agree(meeting: Meeting, point: str, leaves: Sequence[Facts], others: Mapping
         question = json.loads(word)
         if question["process"] == meeting.job.process_index:
             meeting.gather(f"{point}-{number}", json.dumps(_answer(question, leaves, encoded)).encode())
+
+
+def _encoded(leaves: Sequence[Facts]) -> list[bytes]:
+    """Of each leaf what must be the same; the words that leaves share are put together once."""
+    texts: dict[int, str] = {}
+    for leaf in leaves:
+        if id(leaf.told) not in texts:
+            texts[id(leaf.told)] = repr([str(word) for word in leaf.told.values()])
+    return [f"{leaf.path!r}{texts[id(leaf.told)]}".encode() for leaf in leaves]
 
 
 def _digests(encoded: Sequence[bytes], cuts: Sequence[int]) -> list[str]:

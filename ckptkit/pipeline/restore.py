@@ -15,7 +15,6 @@ from ckptkit._gc import paused_gc
 from ckptkit.grid import Array, ArraySpec, Index, chunk_indices, index_nbytes, index_shape
 from ckptkit.index import IndexDocument
 from ckptkit.leaves.base import LeafSpec, Problem, RestoreArgs, TypeHandler
-from ckptkit.meeting import current_meeting
 from ckptkit.options import OnCorrupt
 from ckptkit.pipeline import answers
 from ckptkit.pipeline.check import ChunkRead, chunk_problems
@@ -24,6 +23,7 @@ from ckptkit.pipeline.memory import aligned_empty
 from ckptkit.pipeline.sharing import Sharing
 from ckptkit.processes import Job
 from ckptkit.registry import Registry
+from ckptkit.restoration import current_restoration
 from ckptkit.storage.base import PartialReader, Reader
 
 __all__ = ["RestoreItem", "restore_leaves", "unrestorable"]
@@ -80,7 +80,7 @@ def restore_leaves(
     """
     needs = _needs(items, registry, where)
     _warn_of_casts(items)
-    meeting = current_meeting()
+    meeting = current_restoration()
     if meeting.job.others and on_corrupt == "skip":
         raise errors.ArgsError(
             "on_corrupt='skip' and MultiprocessingOptions(single_reader=True) exclude each other; leave out one."

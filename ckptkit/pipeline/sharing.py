@@ -24,11 +24,11 @@ from ckptkit._telling import named
 from ckptkit._threads import Workers
 from ckptkit.grid import Array, Index, index_nbytes
 from ckptkit.leaves.base import TypeHandler
-from ckptkit.meeting import Meeting
 from ckptkit.pipeline import alike, answers
 from ckptkit.pipeline.limits import BATCH_BYTE_SIZE
 from ckptkit.pipeline.memory import aligned_empty
 from ckptkit.registry import Registry
+from ckptkit.restoration import Restoration
 
 if TYPE_CHECKING:
     from ckptkit.pipeline.restore import RestoreItem
@@ -74,7 +74,7 @@ class Sharing:
     """The part of one process in a restore; of a single one, which reads everything itself, where nobody else takes part."""
 
     def __init__(
-        self, meeting: Meeting, registry: Registry, items: Sequence[RestoreItem], needs: Sequence[Sequence[Index]]
+        self, meeting: Restoration, registry: Registry, items: Sequence[RestoreItem], needs: Sequence[Sequence[Index]]
     ) -> None:
         """Works out which process reads what.
 
@@ -243,7 +243,7 @@ def _overlaps(sizes: Sequence[int], start: int, nbytes: int) -> Iterator[tuple[i
 
 
 def _shared(
-    items: Sequence[RestoreItem], needs: Sequence[Sequence[Index]], registry: Registry, meeting: Meeting
+    items: Sequence[RestoreItem], needs: Sequence[Sequence[Index]], registry: Registry, meeting: Restoration
 ) -> list[_Shared]:
     """For each leaf, the parts that several processes need."""
     found: list[_Shared] = [{}] * len(items)

@@ -6,12 +6,14 @@ A process hands on its checksums in a file beside the data, since those of many 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, Final
 
 import orjson
 
 from ckptkit import errors
+from ckptkit._threads import Workers
 from ckptkit.index import Checksums
 from ckptkit.leaves.base import LeafSpec
 from ckptkit.location import Location
@@ -23,6 +25,9 @@ from ckptkit.reports import Tracker
 from ckptkit.storage.base import ManyWriters
 
 __all__ = ["compare", "joined"]
+
+_REMOTE_READERS: Final = 16
+"""Files of a store are read one beside the other, for each takes round trips; local ones are read as fast one by one."""
 
 
 def compare(meeting: Meeting, plan: SavePlan, location: Location) -> None:
@@ -46,46 +51,75 @@ def joined(
       errors.StorageError: a chunk was written by nobody, or by two processes.
     """
     if meeting.job.others:
+        point = f"chunks-{_short(location.url)}"
         if not meeting.job.is_primary:
             known = {name: {str(i): text for i, text in sums.known().items()} for name, sums in checksums.items()}
             location.write_bytes(_part_file(meeting.job.process_index), orjson.dumps({k: v for k, v in known.items() if v}))
-        if meeting.gather(f"chunks-{_short(location.url)}") is None:
+            meeting.gather(point)
             return None
-        for process in meeting.job.others:
-            _learn(location, _part_file(process), checksums)
-        assert isinstance(plan.backend, ManyWriters)
-        with answers.calling(plan.registry, plan.backend, "merge") as asked:
-            covered = answers.directories(asked, plan.backend.merge(location, meeting.job))
+        with Workers(_REMOTE_READERS if location.local_path is None else 0, "ckptkit-checksums") as readers:
+            parts: list[Future[dict[str, Any]]] = []
+            covered = _merged(plan, location, _written(meeting, point, location, readers, parts))
+            for part in parts:
+                _learn(part.result(), checksums, location)
         tracker.covered.update(f"{location.url}/{path}" for path in covered)
     return {name: sums.texts() for name, sums in checksums.items()}
+
+
+def _written(
+    meeting: Meeting, point: str, location: Location, readers: Workers, parts: list[Future[dict[str, Any]]]
+) -> Iterator[int]:
+    """Each process once it has written; what it has handed on joins the `parts`."""
+    for process, _ in meeting.arrivals(point):
+        if process != meeting.job.process_index:
+            parts.append(readers.submit(_taken, location, _part_file(process)))
+        yield process
+
+
+def _merged(plan: SavePlan, location: Location, processes: Iterator[int]) -> Sequence[str]:
+    """What `ManyWriters.merge` returned, once all the processes have come."""
+    assert isinstance(plan.backend, ManyWriters)
+    with answers.calling(plan.registry, plan.backend, "merge") as asked:
+        covered = answers.directories(asked, plan.backend.merge(location, processes))
+    for _ in processes:  # for those that the backend did not wait
+        pass
+    return covered
 
 
 def _part_file(process: int) -> str:
     return f"ckptkit_index.process_{process}"
 
 
-def _learn(location: Location, file: str, checksums: Mapping[str, Checksums]) -> None:
+def _taken(location: Location, file: str) -> dict[str, Any]:
+    """What a process has handed on, which is gone then."""
     where = f"{location.url}/{file}"
-    for name, known in json.expect(json.load(location.read_bytes(file), where), dict, "the document", where).items():
-        if name not in checksums:
-            raise errors.StorageError(f"{where}: checksums of an array {name!r}, which this process does not save.")
-        checksums[name].learn({int(position): text for position, text in known.items()})
+    part = json.expect(json.load(location.read_bytes(file), where), dict, "the document", where)
     location.delete(file)
+    return part
+
+
+def _learn(part: Mapping[str, Any], checksums: Mapping[str, Checksums], location: Location) -> None:
+    for name, known in part.items():
+        if name not in checksums:
+            raise errors.StorageError(f"{location.url}: a process has checksums of {name!r}, which this process does not save.")
+        checksums[name].learn({int(position): text for position, text in known.items()})
 
 
 def _facts(plan: SavePlan) -> list[alike.Facts]:
     """What must be the same on every process; values kept on hosts may differ, and are the primary's."""
-    shardings: dict[int, str] = {}  # leaves share a few, each as long as there are devices
+    known: dict[Any, dict[str, Any]] = {}  # leaves are of a few kinds, and a sharding's words are as long as there are devices
 
     def told(node: Any) -> dict[str, Any]:
         if not isinstance(node, LeafSpec):
             return {"kind": type(node).__name__}
         if node.array is None:
             return {"kind": node.typestr}
-        if (sharding := shardings.get(id(node.sharding))) is None:
-            sharding = shardings[id(node.sharding)] = repr(node.sharding)
-        _, shape, dtype, chunk_shape = node.array
-        return {"kind": node.typestr, "shape": shape, "dtype": str(dtype), "chunks of": chunk_shape, "sharding": sharding}
+        kind = (node.typestr, *node.array[1:], id(node.sharding))
+        if kind not in known:
+            _, shape, dtype, chunk_shape = node.array
+            words = {"kind": node.typestr, "shape": shape, "dtype": str(dtype), "chunks of": chunk_shape}
+            known[kind] = {**words, "sharding": repr(node.sharding)}
+        return known[kind]
 
     return [alike.Facts(path, told(node)) for path, node in zip(plan.structure.paths, plan.nodes, strict=True)]
 

@@ -5,7 +5,8 @@ Values stay where they are. The own databases lie below the common one, in `ocdb
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Final
 
 import attrs
 import numpy as np
@@ -13,6 +14,7 @@ import tensorstore as ts
 
 from ckptkit import _filesystem
 from ckptkit._gc import paused_gc
+from ckptkit._threads import Workers
 from ckptkit.location import Location
 from ckptkit.options import StorageOptions
 from ckptkit.processes import Job
@@ -25,6 +27,9 @@ from ckptkit.storage._values import Extent
 from ckptkit.storage.base import ArraySpec
 
 __all__ = ["PartWriter", "merge"]
+
+_REMOTE_READERS: Final = 16
+"""To read a database takes several round trips, one after the other; of local files a thread parses as many as several do."""
 
 
 class PartWriter(OcdbtWriter):
@@ -48,33 +53,40 @@ def _directory(process: int) -> str:
     return f"ocdbt.process_{process}"
 
 
-@paused_gc()
-def merge(location: Location, processes: Sequence[int]) -> list[str]:
-    """Writes the tree of the common database; the directories of the others.
+def merge(location: Location, processes: Iterable[int]) -> list[str]:
+    """Writes the tree of the common database; the directories of the others, each of which is read once its process comes.
 
     Raises:
       errors.NotFoundError: a process has written no database.
       errors.StorageError: the system refused.
     """
     entries: dict[bytes, Entry] = {}
-    directories = [_directory(process) for process in processes]
-    for directory in directories:
-        entries.update((entry.key, entry) for entry in _entries(location, directory))
+    with Workers(_REMOTE_READERS if location.local_path is None else 0, "ckptkit-merge") as readers:
+        parts = {(directory := _directory(process)): readers.submit(_entries, location, directory) for process in processes}
+        for part in parts.values():
+            entries |= part.result()
+    _write_tree(location, entries.values())
+    return [*parts]
+
+
+@paused_gc()
+def _write_tree(location: Location, entries: Iterable[Entry]) -> None:
     files = data_files(location, "", None)
     try:
-        root, height = encode_tree(entries.values(), lambda node: files.append([np.frombuffer(node, np.uint8)])[0])
+        root, height = encode_tree(entries, lambda node: files.append([np.frombuffer(node, np.uint8)])[0])
         files.finish()
     finally:
         files.close()
     location.write_bytes(MANIFEST, encode_manifest(root, height))
-    return directories
 
 
-def _entries(location: Location, directory: str) -> Iterator[Entry]:
-    part = location.child(directory)
+@paused_gc()
+def _entries(location: Location, directory: str) -> dict[bytes, Entry]:
+    """What the database of one process holds, by key, with places below the common one."""
+    part, base, found = location.child(directory), f"{directory}/", {}
     with mapped_tensorstore_errors(part.url):
-        base = ts.KvStore.open(part.kvstore(), context=context_for(part)).result()
-    for key, value in OcdbtValues(part, base).entries().items():
-        place = Place(f"{directory}/", value.path, value.offset, value.nbytes) if isinstance(value, Extent) else value
-        assert isinstance(place, Place | bytes)  # which is all that a database gives
-        yield Entry(key, place)
+        store = ts.KvStore.open(part.kvstore(), context=context_for(part)).result()
+    for key, value in OcdbtValues(part, store).entries().items():
+        assert isinstance(value, Extent | bytes)  # which is all that a database gives
+        found[key] = Entry(key, Place(base, *value) if isinstance(value, Extent) else value)
+    return found

@@ -15,6 +15,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 from urllib.parse import quote
 
 import google_crc32c
+import numpy as np
 import tensorstore as ts
 
 __all__ = ["MANIFEST", "MAX_INLINE_NBYTES", "Entry", "Node", "Place", "encode_manifest", "encode_tree"]
@@ -82,11 +83,15 @@ def encode_tree(entries: Iterable[Entry], store: Callable[[bytes], Place]) -> tu
       entries: in any order; their keys differ.
       store: puts the bytes of a node into a data file.
     """
-    nodes = [_leaf(part, store) for part in _parts(sorted(entries), _entry_nbytes)]
+    ordered = sorted(entries)
+    inline = [len(entry.value) if isinstance(entry.value, bytes) else 0 for entry in ordered]
+    sizes = [len(entry.key) + nbytes + _NUMBERS_NBYTES for entry, nbytes in zip(ordered, inline, strict=True)]
+    nodes = [_leaf(part, store) for part in _parts(ordered, sizes)]
     height = 0
     while len(nodes) > 1:
         height += 1
-        nodes = [_interior(part, height, store) for part in _parts(nodes, lambda node: len(node.key) + 2 * _NUMBERS_NBYTES)]
+        sizes = [len(node.key) + 2 * _NUMBERS_NBYTES for node in nodes]
+        nodes = [_interior(part, height, store) for part in _parts(nodes, sizes)]
     return (nodes[0] if nodes else None), height
 
 
@@ -109,30 +114,25 @@ def encode_manifest(root: Node | None, height: int) -> bytes:
     return bytes(ts.ocdbt.undump_manifest({"config": config, "version_tree_nodes": [], "versions": [version]}))
 
 
-def _parts(items: Iterable[_Item], nbytes: Callable[[_Item], int]) -> Iterator[list[_Item]]:
+def _parts(items: Sequence[_Item], sizes: Iterable[int]) -> Iterator[Sequence[_Item]]:
     """The items node by node; two at least in each but the last, so that a level has fewer nodes than the one below."""
-    part: list[_Item] = []
-    size = 0
-    for item in items:
-        if size >= _MAX_NODE_NBYTES and len(part) > 1:
-            yield part
-            part, size = [], 0
-        part.append(item)
-        size += nbytes(item)
-    if part:
-        yield part
-
-
-def _entry_nbytes(entry: Entry) -> int:
-    return len(entry.key) + _NUMBERS_NBYTES + (0 if isinstance(entry.value, Place) else len(entry.value))
+    start = total = 0
+    for end, size in enumerate(sizes):
+        if total >= _MAX_NODE_NBYTES and end - start > 1:
+            yield items[start:end]
+            start, total = end, 0
+        total += size
+    if start < len(items):
+        yield items[start:]
 
 
 def _leaf(entries: Sequence[Entry], store: Callable[[bytes], Place]) -> Node:
-    places = [entry.value for entry in entries if isinstance(entry.value, Place)]
-    inline = [entry.value for entry in entries if not isinstance(entry.value, Place)]
+    values = [entry.value for entry in entries]
+    places = [value for value in values if isinstance(value, Place)]
+    inline = [value for value in values if isinstance(value, bytes)]
     shared = [b.shared if a.group == b.group else 0 for a, b in itertools.pairwise(entries)]
-    sizes = [entry.value.nbytes if isinstance(entry.value, Place) else len(entry.value) for entry in entries]
-    kinds = bytes([isinstance(entry.value, Place) for entry in entries])
+    sizes = [value.nbytes if isinstance(value, Place) else len(value) for value in values]
+    kinds = bytes([isinstance(value, Place) for value in values])
     files, file_ids = _files(places)
     body = [
         *(b"\0", files, _varints([len(entries)])),
@@ -169,7 +169,7 @@ def _stored(
 def _files(places: Sequence[Place]) -> tuple[bytes, bytes]:
     """The table of the files in which the places lie, and for each place the number of its file."""
     numbers: dict[tuple[str, str], int] = {}
-    ids = _varints([numbers.setdefault(place[:2], len(numbers)) for place in places])
+    ids = _varints([numbers.setdefault((base, path), len(numbers)) for base, path, _, _ in places])
     names = [(base.encode(), path.encode()) for base, path in numbers]
     count = len(names)
     table = [
@@ -187,13 +187,12 @@ def _keys(keys: Sequence[bytes], shared: Sequence[int]) -> tuple[bytes, bytes]:
     return _varints(shared) + _varints([len(suffix) for suffix in suffixes]), b"".join(suffixes)
 
 
-def _varints(numbers: Iterable[int]) -> bytes:
+def _varints(numbers: Sequence[int]) -> bytes:
     """Seven bits a byte, the lowest first; all bytes of a number but the last have the highest bit set."""
-    out = bytearray()
-    for number in numbers:
-        rest = number
-        while rest > 0x7F:
-            out.append(rest & 0x7F | 0x80)
-            rest >>= 7
-        out.append(rest)
-    return bytes(out)
+    largest = max(numbers, default=0)
+    if largest <= 0x7F:
+        return bytes(numbers)
+    rests = np.array(numbers, np.uint64)[:, np.newaxis] >> np.arange(0, largest.bit_length(), 7, dtype=np.uint64)
+    digits = (rests & 0x7F | (rests > 0x7F) * np.uint64(0x80)).astype(np.uint8)
+    rests[:, 0] = 1  # zero has a byte too
+    return digits[rests > 0].tobytes()

@@ -9,6 +9,7 @@ ranges (`_remote_values`).
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import stat
@@ -170,5 +171,12 @@ class OcdbtValues(Values):
 
 def _extent(reference: str) -> Extent:
     """Parses `kind:base:path:offset:nbytes`, both names percent-encoded, which TensorStore has written."""
-    _, base, path, offset, nbytes = reference.split(":")
-    return Extent(unquote(base + path) if "%" in reference else base + path, int(offset), int(nbytes))
+    file, offset, nbytes = reference.rsplit(":", 2)
+    return Extent(_path(file), int(offset), int(nbytes))
+
+
+@functools.lru_cache(maxsize=64)
+def _path(file: str) -> str:
+    """The path in `kind:base:path`; the values of a database lie in few files."""
+    _, base, path = file.split(":")
+    return unquote(base + path)

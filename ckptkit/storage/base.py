@@ -155,8 +155,13 @@ class ManyWriters(StorageBackend):
     """
 
     @abc.abstractmethod
-    def merge(self, location: Location, job: Job) -> Iterable[str]:
-        """Called on the primary once every writer has committed: makes one of what the processes wrote.
+    def merge(self, location: Location, processes: Iterable[int]) -> Iterable[str]:
+        """Called on the primary once its own writer has committed: makes one of what the processes wrote.
+
+        Args:
+          location: as of the writers.
+          processes: gives each process, this one too, once its writer has committed; so it may wait, and raise what went wrong
+            elsewhere.
 
         Returns:
           directories beside `data_directories` of which a restore uses nothing but chunks.

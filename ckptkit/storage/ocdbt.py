@@ -44,8 +44,8 @@ class OcdbtBackend(ManyWriters):
     def writer(self, location: Location, arrays: Sequence[ArraySpec], options: StorageOptions, job: Job) -> Writer:
         return PartWriter(location, arrays, options, job) if job.others else OcdbtWriter(location, arrays, options)
 
-    def merge(self, location: Location, job: Job) -> Iterable[str]:
-        return merge(location, job.processes)
+    def merge(self, location: Location, processes: Iterable[int]) -> Iterable[str]:
+        return merge(location, processes)
 
     def reader(self, location: Location) -> Reader:
         with mapped_tensorstore_errors(location.url):

@@ -51,7 +51,7 @@ class ZarrBackend(ManyWriters):
         threads = _REMOTE_THREADS if directory is None else min(4, os.cpu_count() or 1)
         return FileWriter(create, threads, arrays, options, job)
 
-    def merge(self, location: Location, job: Job) -> Iterable[str]:
+    def merge(self, location: Location, processes: Iterable[int]) -> Iterable[str]:
         return ()  # every chunk is a file, whoever wrote it
 
     def reader(self, location: Location) -> Reader:

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import ckptkit
 from ckptkit import args as ckpt_args
 from ckptkit import checkpointer as checkpointing
-from ckptkit import commit, errors, meeting
+from ckptkit import commit, errors, restoration
 from ckptkit._coordination import Store
 from ckptkit.file_list import read_file_list
 from ckptkit.leaves.jax_array import JaxArrayHandler
@@ -633,7 +633,7 @@ def disagreements(directory: Path, plan: Any) -> Any:
     for name, leaves in cases.items():
         before = _told_so_far()
         try:
-            with meeting.restoring(job_of(SHORT), None, SHORT.timeout_secs) as meet:
+            with restoration.restoring(job_of(SHORT), None, SHORT.timeout_secs) as meet:
                 alike.agree(meet, "tree", leaves, {})
         except errors.ProcessError as error:
             found[name] = [str(error), _told_so_far() - before]
