@@ -155,7 +155,7 @@ def test_each_process_may_save_its_own(found):
 
 @pytest.mark.slow  # its patience; what the primary leaves out, below, takes less
 def test_a_process_that_does_not_call_save_is_named_and_may_come_back(tmp_path):
-    primary = values(play(tmp_path, 2, ["missing_call"]), "missing_call")[0]
+    primary = values(play(tmp_path, 2, ["round_trip", "missing_call"]), "missing_call")[0]
     assert primary["error"] == "TimeoutError"
     assert "process 1 of 2 did not come" in primary["message"]
     assert primary["secs"] < 5
