@@ -12,7 +12,10 @@ pytest_plugins = ["ckptkit.testing.fixtures"]
 # the suites that are tried on what is broken would take half a minute: `pytest --hypothesis-profile=shrink` does that.
 hypothesis.settings.register_profile("shrink", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.register_profile("ckptkit", hypothesis.settings.get_profile("shrink"), phases=[hypothesis.Phase.generate])
-hypothesis.settings.load_profile("ckptkit")
+
+
+def pytest_configure(config):
+    hypothesis.settings.load_profile("ckptkit")  # now, so that it holds whichever suites of plugins have loaded one of their own
 
 
 @pytest.fixture

@@ -313,6 +313,7 @@ def test_an_interrupted_save_leaves_nothing_behind(tmp_path: Path) -> None:
         """
         import os, signal, sys, threading, time, numpy as np, ckptkit
         path = sys.argv[1]
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs the tests in the background may have it ignored
         tree = {f"a{i}": np.random.default_rng(i).random(1 << 20) for i in range(12)}
         ckptkit.save(os.path.join(path, "warm"), tree)
         interrupted = 0
