@@ -212,10 +212,13 @@ def test_a_type_handler_that_answers_wrongly_stops_the_restore(tmp_path, registr
 
 
 STORE_SAVE_FAULTS = {
-    "refuses nothing": ({"refuse": answer(None)}, r"Store\.refuse returned NoneType; expected 3 of str or NoneType"),
-    "refuses too few": ({"refuse": answer([])}, r"Store\.refuse returned 0 results for 3"),
+    "refuses nothing": ({"refuse": answer(None)}, r"Store\.refuse returned NoneType; expected 2 of str or NoneType"),
+    "refuses too few": ({"refuse": answer([])}, r"Store\.refuse returned 0 results for 2"),
     "refuses with numbers": ({"refuse": lambda arrays: [0 for _ in arrays]}, r"Store\.refuse returned int among its results"),
     "raises when refusing": ({"refuse": fails}, r"Store\.refuse raised KeyError"),
+    "refuses no names": ({"refuse_names": answer(None)}, r"refuse_names returned NoneType; expected 3 .* one for each name"),
+    "refuses too few names": ({"refuse_names": answer([])}, r"Store\.refuse_names returned 0 results for 3"),
+    "raises at names": ({"refuse_names": fails}, r"Store\.refuse_names raised KeyError"),
     "no writer": ({"writer": answer(None)}, r"Store\.writer returned None; expected a ckptkit\.storage\.base\.Writer"),
     "raises when opening": ({"writer": fails}, r"Store\.writer raised KeyError"),
     "no directories": ({"data_directories": answer(None)}, r"Store\.data_directories raised TypeError"),

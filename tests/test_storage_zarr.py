@@ -56,7 +56,7 @@ def chunks_of(spec, values):
 
 def write(location, arrays, chunk_shape=None, **options):
     specs = [spec_of(name, values, chunk_shape) for name, values in arrays.items()]
-    assert BACKEND.refuse(specs) == [None] * len(specs)
+    assert [*BACKEND.refuse(specs), *BACKEND.refuse_names(list(arrays))] == [None] * 2 * len(specs)
     writer = BACKEND.writer(location, specs, StorageOptions(**options), Job())
     writer.write([chunk for spec in specs for chunk in chunks_of(spec, arrays[spec.name])])
     writer.commit()
@@ -82,7 +82,7 @@ def read(location):
 
 
 def refusals(*names):
-    return BACKEND.refuse([spec_of(name, array((2,))) for name in names])
+    return BACKEND.refuse_names(names)
 
 
 @pytest.fixture

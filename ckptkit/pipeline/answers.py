@@ -40,6 +40,7 @@ __all__ = [
     "instance",
     "keys",
     "kinds",
+    "name_refusals",
     "needed",
     "owned",
     "recognising",
@@ -319,6 +320,12 @@ def refusals(registry: Registry, backend: StorageBackend, arrays: Sequence[Array
     """What `StorageBackend.refuse` says of arrays."""
     with calling(registry, backend, "refuse") as answers:
         return answers.each(backend.refuse(arrays), len(arrays), "array", (str, type(None)))
+
+
+def name_refusals(registry: Registry, backend: StorageBackend, names: Sequence[str]) -> Sequence[str | None]:
+    """What `StorageBackend.refuse_names` says of names."""
+    with calling(registry, backend, "refuse_names") as answers:
+        return answers.each(backend.refuse_names(names), len(names), "name", (str, type(None)))
 
 
 def recognising(registry: Registry, location: Location) -> StorageBackend | None:

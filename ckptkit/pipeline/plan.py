@@ -82,7 +82,6 @@ class SavePlan:
       structure: of the tree, empty nodes included.
       empty: an empty node like each of the tree's, by position.
       groups: the leaves that are stored, by type handler.
-      arrays: the arrays that hold leaves, by the position of the leaf.
       backend: where their chunks go.
       options: for the backend.
       max_inflight_bytes: bound of the host memory that staged copies take.
@@ -92,11 +91,21 @@ class SavePlan:
     structure: tree.Structure
     empty: Mapping[int, Any]
     groups: Sequence[Group]
-    arrays: Mapping[int, ArraySpec]
     backend: StorageBackend
     options: StorageOptions
     max_inflight_bytes: int
     registry: Registry
+
+    @functools.cached_property
+    def arrays(self) -> Mapping[int, ArraySpec]:
+        """The arrays that hold leaves, by the position of the leaf; made after the caller was let go."""
+        names = self.structure.names
+        arrays: dict[int, ArraySpec] = {}
+        for group in self.groups:
+            layouts = [spec.array[1:] if spec.array is not None else None for spec in group.specs]
+            each = zip(group.positions, [layouts[number] for number in group.numbers], strict=True)
+            arrays.update({i: ArraySpec(names[i], *layout) for i, layout in each if layout is not None})
+        return arrays
 
     @functools.cached_property
     def nodes(self) -> Sequence[LeafSpec | Any]:
@@ -197,11 +206,12 @@ class _Members:
                 if number in wrong:
                     problems.setdefault(position, wrong[number])
 
-    def arrays(self, names: Sequence[str]) -> list[tuple[int, ArraySpec]]:
-        """The arrays of the leaves that have one, by position: those of their kinds, but for the name."""
-        layouts = [spec.array[1:] if isinstance(spec, LeafSpec) and spec.array is not None else None for spec in self.found]
-        each = zip(self.positions, [layouts[number] for number in self.numbers], strict=True)
-        return [(position, ArraySpec(names[position], *layout)) for position, layout in each if layout is not None]
+    def in_arrays(self) -> Sequence[int]:
+        """Where the leaves are that arrays hold."""
+        stored = [isinstance(spec, LeafSpec) and spec.array is not None for spec in self.found]
+        if all(stored):
+            return self.positions
+        return [position for position, number in zip(self.positions, self.numbers, strict=True) if stored[number]]
 
 
 def _plan(  # noqa: PLR0913, PLR0917 - what `plan_save` is given, and what it has found
@@ -216,7 +226,6 @@ def _plan(  # noqa: PLR0913, PLR0917 - what `plan_save` is given, and what it ha
     problems: dict[int, str],
 ) -> SavePlan:
     job = current_meeting().job
-    arrays: dict[int, ArraySpec] = {}
     for each in members:
         each.firsts = [
             Leaf(tree.key_path(structure.keys[i]), structure.names[i], values[i], _checked(args[i], i, problems))
@@ -224,9 +233,9 @@ def _plan(  # noqa: PLR0913, PLR0917 - what `plan_save` is given, and what it ha
         ]
         each.found = answers.described(registry, each.handler, each.firsts)
         each.note(each.found, problems)
-        arrays.update(each.arrays(structure.names))
+        each.note(_refused(registry, backend, each.found), problems)
     stored = {i for each in members for i in each.positions}
-    _refusals(registry, backend, arrays, problems)
+    _refuse_names(registry, backend, structure.names, [i for each in members for i in each.in_arrays()], problems)
     _raise(structure, problems, tree.name_collisions(structure, sorted(stored)))
     owned = [answers.owned(registry, each.handler, each.firsts, _sound(each.found), job) for each in members]
     for each, found in zip(members, owned, strict=True):
@@ -239,8 +248,8 @@ def _plan(  # noqa: PLR0913, PLR0917 - what `plan_save` is given, and what it ha
         )
         for each, cells in zip(members, owned, strict=True)
     ]
-    empty = {i: tree.hollow(value) for i, value in enumerate(values) if i not in stored}
-    return SavePlan(structure, empty, groups, arrays, backend, options, max_inflight_bytes, registry)
+    empty = {i: tree.hollow(values[i]) for i in range(len(values)) if i not in stored} if len(stored) < len(values) else {}
+    return SavePlan(structure, empty, groups, backend, options, max_inflight_bytes, registry)
 
 
 def _sound(found: Sequence[LeafSpec | Problem]) -> Sequence[LeafSpec]:
@@ -343,8 +352,17 @@ def _checked(args: Any, position: int, problems: dict[int, str]) -> SaveArgs | N
     return None
 
 
-def _refusals(registry: Registry, backend: StorageBackend, arrays: Mapping[int, ArraySpec], problems: dict[int, str]) -> None:
-    asked = {i: array for i, array in arrays.items() if i not in problems} if problems else arrays
-    reasons = answers.refusals(registry, backend, list(asked.values()))
+def _refused(registry: Registry, backend: StorageBackend, found: Sequence[LeafSpec | Problem]) -> Sequence[Problem | None]:
+    """For each kind what the backend has against it."""
+    asked = {number: spec.array for number, spec in enumerate(found) if isinstance(spec, LeafSpec) and spec.array is not None}
+    reasons = dict(zip(asked, answers.refusals(registry, backend, list(asked.values())), strict=True))
+    return [None if (reason := reasons.get(number)) is None else Problem(reason) for number in range(len(found))]
+
+
+def _refuse_names(
+    registry: Registry, backend: StorageBackend, names: Sequence[str], positions: Sequence[int], problems: dict[int, str]
+) -> None:
+    asked = [i for i in positions if i not in problems] if problems else positions
+    reasons = answers.name_refusals(registry, backend, [names[i] for i in asked])
     if any(reasons):
         problems.update({i: reason for i, reason in zip(asked, reasons, strict=True) if reason is not None})

@@ -108,7 +108,14 @@ class StorageBackend(abc.ABC):
 
     @abc.abstractmethod
     def refuse(self, arrays: Sequence[ArraySpec]) -> Sequence[str | None]:
-        """For each array the reason why it cannot be stored, or None; called before any I/O."""
+        """For each array the reason why none of its shape, dtype and chunk shape can be stored, or None.
+
+        Called before any I/O, with one array of each kind; what their names are does not matter here.
+        """
+
+    def refuse_names(self, names: Sequence[str]) -> Sequence[str | None]:
+        """For each name the reason why no array can have it beside the others, or None; called before any I/O."""
+        return [None] * len(names)
 
     @abc.abstractmethod
     def writer(self, location: Location, arrays: Sequence[ArraySpec], options: StorageOptions, job: Job) -> Writer:

@@ -32,13 +32,14 @@ class OcdbtBackend(ManyWriters):
     name = "ocdbt"
 
     def refuse(self, arrays: Sequence[ArraySpec]) -> Sequence[str | None]:
-        kinds = {array[1:]: array for array in arrays}
-        names = [array.name for array in arrays]
-        prefixes = set(map(key_prefix, names))
-        if len(prefixes) == len(arrays) and not any(map(refusal, kinds.values())) and _is_encodable("".join(names)):
-            return [None] * len(arrays)
+        return [refusal(array) for array in arrays]
+
+    def refuse_names(self, names: Sequence[str]) -> Sequence[str | None]:
+        text = "\n".join(["", *names, ""])  # with which most trees are seen through at once
+        if "/\n" not in text and "\n\n" not in text and _is_encodable(text):
+            return [None] * len(names)
         owners: dict[str, str] = {}
-        return [refusal(array) or _name_refusal(array.name, owners) for array in arrays]
+        return [_name_refusal(name, owners) for name in names]
 
     def writer(self, location: Location, arrays: Sequence[ArraySpec], options: StorageOptions, job: Job) -> Writer:
         return PartWriter(location, arrays, options, job) if job.others else OcdbtWriter(location, arrays, options)

@@ -34,8 +34,10 @@ class ZarrBackend(ManyWriters):
     name = "zarr"
 
     def refuse(self, arrays: Sequence[ArraySpec]) -> Sequence[str | None]:
-        names = name_refusals([array.name for array in arrays])
-        return [refusal(array) or name for array, name in zip(arrays, names, strict=True)]
+        return [refusal(array) for array in arrays]
+
+    def refuse_names(self, names: Sequence[str]) -> Sequence[str | None]:
+        return name_refusals(names)
 
     def writer(self, location: Location, arrays: Sequence[ArraySpec], options: StorageOptions, job: Job) -> Writer:
         directory = location.local_path

@@ -94,12 +94,13 @@ class Plain(StorageBackend):
     Writer, Reader = PlainWriter, PlainReader
 
     def refuse(self, arrays):
-        return [self.reason(array) for array in arrays]
+        return [None if np.dtype(array.dtype.name) == array.dtype else "byte order" for array in arrays]
 
-    def reason(self, array):
-        if not array.name.isprintable() or len(array.name) > 100:
-            return f"the name {array.name!a} is too long, or not printable: rename it."
-        return None if np.dtype(array.dtype.name) == array.dtype else "byte order"
+    def refuse_names(self, names):
+        return [None if self.is_name(name) else f"the name {name!a} is too long, or not printable: rename it." for name in names]
+
+    def is_name(self, name):
+        return name.isprintable() and len(name) <= 100
 
     def writer(self, location, arrays, options, job):
         return self.Writer(location, list(arrays))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
+
+import numpy as np
 
 from ckptkit import errors
 from ckptkit.options import StorageOptions
@@ -29,7 +31,10 @@ class SafetensorsBackend(StorageBackend):
     name = "safetensors"
 
     def refuse(self, arrays: Sequence[ArraySpec]) -> Sequence[str | None]:
-        return [_refusal(array) for array in arrays]
+        return [_dtype_refusal(array.dtype) for array in arrays]
+
+    def refuse_names(self, names: Sequence[str]) -> Sequence[str | None]:
+        return [_name_refusal(name) for name in names]
 
     def writer(self, location: Location, arrays: Sequence[ArraySpec], options: StorageOptions, job: Job) -> Writer:
         """A writer into an empty directory.
@@ -63,16 +68,20 @@ class SafetensorsBackend(StorageBackend):
         return (name,)
 
 
-def _refusal(array: ArraySpec) -> str | None:
-    if array.dtype not in WORDS:
-        return (
-            f"safetensors has no dtype {array.dtype}: cast it with SaveArgs(dtype=...), or save with OCDBT. It has: "
-            f"{', '.join(sorted(map(str, WORDS)))}."
-        )
-    if array.name == METADATA_KEY:
+def _dtype_refusal(dtype: np.dtype[Any]) -> str | None:
+    if dtype in WORDS:
+        return None
+    return (
+        f"safetensors has no dtype {dtype}: cast it with SaveArgs(dtype=...), or save with OCDBT. It has: "
+        f"{', '.join(sorted(map(str, WORDS)))}."
+    )
+
+
+def _name_refusal(name: str) -> str | None:
+    if name == METADATA_KEY:
         return f"the name {METADATA_KEY!r} is taken in a safetensors file: rename it, or save with OCDBT."
-    if not _encodable(array.name):
-        return f"the name {array.name!a} cannot be encoded as UTF-8: rename it."
+    if not _encodable(name):
+        return f"the name {name!a} cannot be encoded as UTF-8: rename it."
     return None
 
 
