@@ -10,12 +10,15 @@ import contextlib
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import attrs
 
 from ckptkit._names import in_package, top_package
 from ckptkit._tables import Claim, Owner, Table
+
+if TYPE_CHECKING:
+    import pluggy
 
 __all__ = ["Ledger", "Plugin", "PluginFailure", "Registration", "Wish", "owned_by"]
 
@@ -24,10 +27,17 @@ _registrant: ContextVar[Owner | None] = ContextVar("ckptkit_registrant", default
 
 @attrs.frozen(eq=False)
 class Plugin:
-    """A loaded plugin: who brought it, and the module or object with its hooks."""
+    """A loaded plugin.
+
+    Attributes:
+      owner: who brought it.
+      plugin: the module or object with its hooks.
+      host: calls them.
+    """
 
     owner: Owner
     plugin: object
+    host: pluggy.PluginManager = attrs.field(repr=False)
 
 
 @attrs.frozen(eq=False)

@@ -109,7 +109,7 @@ def _load_plugin(registry: Registry, owner: Owner, import_it: Callable[[], Any])
             raise errors.PluginError(f"The entry point names {reprlib.repr(plugin)}, which is no module and has no hook.{_HOW}")
         with owned_by(owner):
             host.hook.ckptkit_register(registry=registry)
-        registry.plugins.append(Plugin(owner, plugin))
+        registry.plugins.append(Plugin(owner, plugin, host))
 
 
 _KNOWN_HOOKS = tuple(name for name in hookspecs.__all__ if name.startswith("ckptkit_"))
@@ -165,8 +165,7 @@ class Notifier:
     @functools.cached_property
     def _hosts(self) -> list[pluggy.PluginManager]:
         """Found when first needed: making a checkpointer loads no plugin."""
-        installed = [_host(plugin.plugin, str(plugin.owner)) for plugin in ready(self._registry).plugins]
-        return [*installed, *self._observers]
+        return [*(plugin.host for plugin in ready(self._registry).plugins), *self._observers]
 
     def save_committed(self, report: SaveReport) -> None:
         """A checkpoint became visible."""

@@ -72,7 +72,7 @@ def test_an_observer_is_told_everything():
 
 def test_a_loaded_plugin_is_told_too():
     registry, recorder = Registry(), Recorder()
-    registry.plugins.append(Plugin(Owner("acme", "acme", "1.0", "acme"), recorder))
+    registry.plugins.append(Plugin(Owner("acme", "acme", "1.0", "acme"), recorder, discovery._host(recorder, "acme")))
     discovery.notifier(registry).restored(RESTORED)
     assert recorder.seen == [RESTORED]
 

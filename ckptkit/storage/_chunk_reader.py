@@ -23,7 +23,7 @@ from ckptkit import errors
 from ckptkit._threads import Workers
 from ckptkit.grid import Array, ArraySpec, Index
 from ckptkit.location import Location
-from ckptkit.storage._futures import joined
+from ckptkit.storage._futures import called, joined
 from ckptkit.storage._values import Extent, Value, Values, key_prefix, nbytes_of
 from ckptkit.storage._zarr_cells import canonicalise, decode, fill_value
 from ckptkit.storage.base import Reader
@@ -36,6 +36,9 @@ Request = tuple[str, Index, Array]
 # One task for a thread.
 _BATCH_NBYTES: Final = 32 << 20
 _BATCH_REQUESTS: Final = 4096
+
+# So little of a file is read in less time than a thread takes to begin.
+_AT_ONCE_NBYTES: Final = 64 << 10
 
 # Chunks that are decoded together pass through a buffer of this size; larger ones go to their place one by one.
 _STACK_NBYTES: Final = 4 << 20
@@ -106,7 +109,11 @@ class ChunkReader(Reader):
     def read(self, requests: Sequence[Request]) -> Future[None]:
         if self._closed:
             raise errors.ClosedError(f"{self._location.url}: the reader was closed before this read.")
-        return joined([self._pool.submit(self._read_batch, batch) for batch in _batches(requests)])
+        batches = list(_batches(requests))
+        is_little = len(batches) == 1 and sum([out.nbytes for _, _, out in batches[0]]) <= _AT_ONCE_NBYTES
+        if is_little and self._location.local_path is not None:
+            return called(self._read_batch, batches[0])
+        return joined([self._pool.submit(self._read_batch, batch) for batch in batches])
 
     def place(self, name: str, index: Index) -> str:
         listing = self._listed()

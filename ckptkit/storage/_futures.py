@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from typing import Any
 
-__all__ = ["Pending", "done", "joined"]
+__all__ = ["Pending", "called", "done", "joined"]
 
 
 def done() -> Future[None]:
     """A future that is done."""
     future: Future[None] = Future()
     future.set_result(None)
+    return future
+
+
+def called(function: Callable[..., None], *args: Any) -> Future[None]:
+    """Calls it, and returns a future that is done, and raises what it raised."""
+    future: Future[None] = Future()
+    try:
+        function(*args)
+    except Exception as error:  # noqa: BLE001 - it is raised again where the future's result is asked for
+        future.set_exception(error)
+    else:
+        future.set_result(None)
     return future
 
 

@@ -36,7 +36,8 @@ _MAX_RATIO: Final = 64
 # Keys may be this many, and one more for each byte that the nodes take on the disk, since each takes hundreds in memory.
 _MAX_KEYS: Final = 1 << 20
 
-# The newest manifest has the highest number where the one without a number says only that there are such.
+# The newest manifest has the highest number where the one without a number says only that there are such: by itself TensorStore
+# then finds none. To list a directory first would take as long as all else that a small database needs.
 _NUMBERED: Final = re.compile(rb"manifest\.[0-9a-f]{16}")
 
 
@@ -70,16 +71,24 @@ class OcdbtValues(Values):
 
     def _root(self) -> dict[str, Any] | None:
         """The newest version's root, which the manifest lists last; None where that version is empty."""
-        listed = self._base.list(ts.KvStore.KeyRange("manifest.0", "manifest.g"))
-        files = {MANIFEST: self._location.read_bytes(MANIFEST, _MAX_DECODED_NBYTES)}
-        for name in sorted(key.decode() for key in listed.result() if _NUMBERED.fullmatch(key))[-1:]:
-            files[name] = self._location.read_bytes(name, _MAX_DECODED_NBYTES)
-        manifest = self._decoded(files)
+        manifest = self._manifest()
         if not manifest["versions"]:
             raise errors.CorruptCheckpointError(f"{self._location.url}: {MANIFEST} lists no version of the database.")
         version = manifest["versions"][-1]
         root = version["root"]
         return {"location": root["location"], "height": version["root_height"]} if "location" in root else None
+
+    def _manifest(self) -> dict[str, Any]:
+        files = {MANIFEST: self._location.read_bytes(MANIFEST, _MAX_DECODED_NBYTES)}
+        try:
+            return self._decoded(files)
+        except ValueError as error:
+            if not str(error).startswith("NOT_FOUND:"):
+                raise
+        listed = self._base.list(ts.KvStore.KeyRange("manifest.0", "manifest.g")).result()
+        for name in sorted(key.decode() for key in listed if _NUMBERED.fullmatch(key))[-1:]:
+            files[name] = self._location.read_bytes(name, _MAX_DECODED_NBYTES)
+        return self._decoded(files)
 
     def _walk(self, root: dict[str, Any] | None) -> Iterator[tuple[bytes, Value]]:
         """Keys and values from left to right. They must ascend, so that no node is walked twice, whatever refers to it."""
