@@ -210,6 +210,11 @@ def _begin(path: str, *, force: bool, mode: int | None) -> Pending:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         lock = _locked_directory(path + TEMPORARY_SUFFIX, path)
         try:
+            _settle(path)
+        except BaseException:
+            lock.close()  # what was found stays
+            raise
+        try:
             _empty(path + TEMPORARY_SUFFIX)
             _recover(path)
             if mode is not None:
@@ -240,13 +245,24 @@ class Pending:
         with mapped_os_errors(self.path, "commit the checkpoint"):
             sync_tree(self.temporary.local_path, self._mode)
             if not os.path.lexists(self.path):
-                os.rename(self.temporary.local_path, self.path)
-                sync(os.path.dirname(self.path))
+                self._place()
             elif not self._force:
                 raise _exists(self.path)
             else:
                 self._replace()
         self._lock.close()
+
+    def _place(self) -> None:
+        """Gives the new checkpoint its name, where there is no old one."""
+        new = self.temporary.local_path
+        os.rename(new, self.path)
+        try:
+            sync(os.path.dirname(self.path))
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.rename(self.path, new)
+                sync(os.path.dirname(self.path))
+            raise
 
     def _replace(self) -> None:
         """Puts the new checkpoint in the old one's place, and deletes the old one."""
@@ -264,6 +280,7 @@ class Pending:
             except BaseException:
                 with contextlib.suppress(OSError):  # the old one must not go with the temporary directory
                     _put_back(leftover, self.path, exchanged=exchanged)
+                    sync(os.path.dirname(self.path))
                 raise
             discard(leftover)  # the new one is durable; the next save to this name tidies what stays
         finally:
@@ -313,7 +330,8 @@ def _clean(leftover: str, report: CleanReport, *, dry_run: bool) -> None:
             report.kept[leftover] = "another program wrote it"
         elif target == leftover or os.path.lexists(target):
             report.removed.append(leftover)
-            if not dry_run:
+            if not dry_run:  # durable first, as in `_settle`
+                sync(os.path.dirname(leftover))
                 remove(leftover)
         else:
             report.restored.append(target)
@@ -357,6 +375,12 @@ def _locked_directory(temporary: str, path: str) -> Lock:
             return lock
         lock.close()
     raise errors.BusyError(f"{path}: other saves to this path keep coming; let one writer at a time save to it.")
+
+
+def _settle(path: str) -> None:
+    """Makes the renames of a killed save durable: what it replaced is about to be deleted, and a power cut must not undo them."""
+    if os.listdir(path + TEMPORARY_SUFFIX) or os.path.isdir(path + _ASIDE_SUFFIX):
+        sync(os.path.dirname(path))
 
 
 def _recover(path: str) -> None:

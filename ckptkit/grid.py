@@ -78,6 +78,8 @@ def chunk_indices(array: ArraySpec, within: Index | None = None) -> Iterator[Ind
 
 def chunk_count(array: ArraySpec) -> int:
     """How many cells the grid of an array has; 1 for a 0-d array, 0 for an empty one."""
+    if array.chunk_shape == array.shape:  # most arrays, of which there may be many; a chunk is never empty
+        return 1
     count = 1
     for n, c in zip(array.shape, array.chunk_shape, strict=True):
         count *= -(-n // c)

@@ -116,7 +116,7 @@ def _leaves(location: Location, prefix: str, registry: Registry, tracker: Tracke
         arrays = dict(_arrays(stored, problems))
         tracker.expect(sum([array.nbytes for array in arrays.values()]), len(arrays))
         entries, specs = list(arrays), list(arrays.values())
-        for position, cell, error in check_arrays(specs, stored.reader, stored.index):
+        for position, cell, error in check_arrays(specs, registry, stored.reader, stored.index):
             if error is not None:
                 problems[entries[position]].append(f"chunk {cell}: {error}")
             tracker.advance(index_nbytes(specs[position], cell))

@@ -20,7 +20,7 @@ from ckptkit.leaves.numpy import NumpyHandler
 from ckptkit.pipeline import answers
 from ckptkit.processes import Job
 from ckptkit.registry import Owner, owned_by
-from ckptkit.storage import ArraySpec, whole
+from ckptkit.storage import ArraySpec, Reader, whole
 from ckptkit.storage.ocdbt import OcdbtBackend
 from ckptkit.storage.zarr import ZarrBackend
 
@@ -276,6 +276,57 @@ def test_a_backend_that_answers_wrongly_stops_the_restore_of_its_own_checkpoints
             checkpointer.restore(tmp_path / "ocdbt")
         assert re.search(message, str(caught.value))
         assert checkpointer.restore(tmp_path / "zarr")["a"].tolist() == [0, 1, 2]
+
+
+class Broken(Reader):
+    """Lists what another reader does; the future of what it reads raises `error`."""
+
+    __module__ = "acme_plugin.storage"
+
+    def __init__(self, reader, error):
+        self._reader = reader
+        self._error = error
+
+    def arrays(self):
+        return self._reader.arrays()
+
+    def read(self, requests):
+        future = Future()
+        future.set_exception(self._error)
+        return future
+
+    def close(self):
+        self._reader.close()
+
+
+def broken(path, registry, error):
+    """Saves to a path, and makes a registry's reader of it raise an error."""
+    ckptkit.save(path, {"a": np.arange(3)})
+    registry._backends.withdraw(lambda claim: claim.value.name == "ocdbt")
+    with owned_by(ACME):
+        registry.add_storage(Store(reader=lambda location: Broken(OcdbtBackend().reader(location), error)))
+
+
+def restored(path, registry):
+    with StandardCheckpointer(registry=registry) as checkpointer:
+        return checkpointer.restore(path)
+
+
+@pytest.mark.parametrize("use", [restored, ckptkit.verify])
+def test_what_the_future_of_a_reader_raises_is_told_of_its_plugin(tmp_path, registry, use):
+    broken(tmp_path / "checkpoint", registry, KeyError("gone"))
+    message = r"^Plugin module acme_plugin\.storage: acme_plugin\.storage\.Broken\.read raised KeyError: 'gone'\.$"
+    with pytest.raises(errors.PluginError, match=message) as caught:
+        use(tmp_path / "checkpoint", registry=registry)
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "denied"), errors.StorageError(13, "denied")])
+def test_what_the_system_says_to_a_reader_is_told_as_it_is(tmp_path, registry, error):
+    broken(tmp_path / "checkpoint", registry, error)
+    with pytest.raises(type(error)) as caught:
+        restored(tmp_path / "checkpoint", registry)
+    assert caught.value is error
 
 
 def test_a_backend_whose_keys_are_none_is_named(tmp_path, registry):

@@ -2,65 +2,86 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+from ckptkit._gc import paused_gc
 from ckptkit.index import INDEX_FILE, IndexDocument, array_text, encode_index
 from ckptkit.leaves.base import LeafSpec
 from ckptkit.metadata import arrays as array_documents
 from ckptkit.metadata import sharding as sharding_documents
 from ckptkit.metadata.rich import encode_rich
-from ckptkit.metadata.tree import TREE_FILE, Entry, Key, TreeDocument, encode_tree
+from ckptkit.metadata.tree import TREE_FILE, Entry, TreeDocument, encode_tree
 from ckptkit.pipeline.plan import SavePlan
 from ckptkit.registry import Registry
+from ckptkit.storage.base import StorageBackend
 
 __all__ = ["documents"]
+
+
+class _Kind(NamedTuple):
+    """Leaves that are alike.
+
+    Attributes:
+      names: theirs.
+      word: Orbax's for their type.
+      spec: what is stored of the first of them; of the others too, but for the name of the array.
+    """
+
+    names: Sequence[str]
+    word: str
+    spec: LeafSpec
 
 
 def documents(
     plan: SavePlan, checksums: Mapping[str, list[str]], custom_metadata: Any, registry: Registry, *, rich: bool
 ) -> Iterator[tuple[str, bytes]]:
     """The name and the bytes of each, one at a time, since together they outweigh many small leaves; `_METADATA` is last."""
-    words = {group.handler.typestr: group.handler.orbax_typestr for group in plan.groups}
-    names = plan.structure.names
-    leaves = [(name, spec) for name, spec in zip(names, plan.nodes, strict=True) if isinstance(spec, LeafSpec)]
-    index = _index(leaves, words, checksums, registry)
-    index.storage = {plan.backend.name: registry.owner_of(plan.backend).provider}
-    yield INDEX_FILE, encode_index(index)
-    del index
-    shardings = {name: spec.sharding for name, spec in leaves if spec.sharding is not None}
-    yield sharding_documents.SHARDING_FILE, sharding_documents.encode_file(shardings)
-    records = {name: _array_record(spec) for name, spec in leaves if words[spec.typestr] == "jax.Array"}
-    if records:
-        yield array_documents.arrays_file(0), array_documents.encode_arrays(records)
-    strings = {name: spec.inline for name, spec in leaves if words[spec.typestr] == "string"}
-    if strings:
-        yield array_documents.STRINGS_FILE, array_documents.encode_strings(strings)
-    del shardings, records, strings
-    yield TREE_FILE, encode_tree(_tree(plan, words, custom_metadata, rich=rich))
+    with paused_gc():
+        kinds = list(_kinds(plan))
+        yield INDEX_FILE, encode_index(_index(kinds, checksums, plan.backend, registry))
+        shardings = {name: spec.sharding for names, _, spec in kinds if spec.sharding is not None for name in names}
+        yield sharding_documents.SHARDING_FILE, sharding_documents.encode_file(shardings)
+        described = [(names, _array_record(spec)) for names, word, spec in kinds if word == "jax.Array"]
+        if records := {name: record for names, record in described for name in names}:
+            yield array_documents.arrays_file(0), array_documents.encode_arrays(records)
+        if strings := {name: spec.inline for names, word, spec in kinds if word == "string" for name in names}:
+            yield array_documents.STRINGS_FILE, array_documents.encode_strings(strings)
+        del shardings, records, strings
+        yield TREE_FILE, encode_tree(_tree(plan, custom_metadata, rich=rich))
+
+
+def _kinds(plan: SavePlan) -> Iterator[_Kind]:
+    for group in plan.groups:
+        names: list[list[str]] = [[] for _ in group.specs]
+        for position, number in zip(group.positions, group.numbers, strict=True):
+            names[number].append(plan.structure.names[position])
+        yield from map(_Kind, names, itertools.repeat(group.handler.orbax_typestr), group.specs)
 
 
 def _index(
-    leaves: Sequence[tuple[str, LeafSpec]], words: Mapping[str, str], checksums: Mapping[str, list[str]], registry: Registry
+    kinds: Sequence[_Kind], checksums: Mapping[str, list[str]], backend: StorageBackend, registry: Registry
 ) -> IndexDocument:
     """Checksums, and for leaves that Orbax has no word for, what it takes to restore them."""
-    foreign = [(name, spec) for name, spec in leaves if words[spec.typestr] != spec.typestr]
+    foreign = [(name, spec) for names, word, spec in kinds if word != spec.typestr for name in names]
     typestrs = {name: spec.typestr for name, spec in foreign}
     arrays: dict[str, list[str]] = {}
-    for _, spec in leaves:
+    for names, _, spec in kinds:
         if spec.array is not None:
-            arrays.setdefault(array_text(spec.array), []).append(spec.array.name)
+            arrays.setdefault(array_text(spec.array), []).extend(names)
     return IndexDocument(
         checksums=dict(checksums),
         typestrs=typestrs,
         providers={typestr: registry.provider_of(typestr) for typestr in set(typestrs.values())},
+        storage={backend.name: registry.owner_of(backend).provider},
         extras={name: dict(spec.extra) for name, spec in foreign},
         arrays=arrays,
     )
 
 
-def _tree(plan: SavePlan, words: Mapping[str, str], custom_metadata: Any, *, rich: bool) -> TreeDocument:
-    entries = [_entry(keys, node, words) for keys, node in zip(plan.structure.keys, plan.nodes, strict=True)]
+def _tree(plan: SavePlan, custom_metadata: Any, *, rich: bool) -> TreeDocument:
+    entries = _entries(plan)
     return TreeDocument(
         entries=entries,
         use_ocdbt=plan.backend.name == "ocdbt",
@@ -78,11 +99,20 @@ def _array_record(spec: LeafSpec) -> array_documents.ArrayRecord:
     return array_documents.ArrayRecord(write_shape, spec.array.chunk_shape, extra or None)
 
 
-def _entry(keys: tuple[Key, ...], node: Any, words: Mapping[str, str]) -> Entry:
-    if not isinstance(node, LeafSpec):
-        return Entry(keys, _empty_word(node), skip=True)
-    write_shape = node.extra.get("write_shape")
-    return Entry(keys, words[node.typestr], write_shape=tuple(write_shape) if write_shape is not None else None)
+def _entries(plan: SavePlan) -> Sequence[Entry]:
+    """One for each leaf and empty node, in the order of the tree."""
+    keys = plan.structure.keys
+    entries = {position: Entry(keys[position], _empty_word(node), skip=True) for position, node in plan.empty.items()}
+    for group in plan.groups:
+        word, shapes = group.handler.orbax_typestr, [_write_shape(spec) for spec in group.specs]
+        for position, number in zip(group.positions, group.numbers, strict=True):
+            entries[position] = Entry(keys[position], word, False, shapes[number])  # noqa: FBT003 - names take as long as the rest
+    return [entries[position] for position in range(len(entries))]
+
+
+def _write_shape(spec: LeafSpec) -> tuple[int, ...] | None:
+    shape = spec.extra.get("write_shape")
+    return None if shape is None else tuple(shape)
 
 
 def _empty_word(node: Any) -> str:

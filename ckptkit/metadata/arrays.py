@@ -45,7 +45,10 @@ class ArrayRecord(NamedTuple):
 
 def encode_arrays(records: Mapping[str, ArrayRecord]) -> bytes:
     """The bytes of `array_metadatas/process_N`, from the arrays' names and records."""
-    documents = [{"array_metadata": {"param_name": name, **record._asdict()}} for name, record in records.items()]
+    documents = [
+        {"array_metadata": {"param_name": name, "write_shape": write_shape, "chunk_shape": chunk_shape, "ext_metadata": extra}}
+        for name, (write_shape, chunk_shape, extra) in records.items()
+    ]
     return dump({"array_metadatas": documents})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import binascii
 import functools
 import math
 import re
@@ -17,7 +18,7 @@ import orjson
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from ckptkit import errors
-from ckptkit.metadata.json import dump, encodable, expect, load, malformed, shape_of, unexpected
+from ckptkit.metadata.json import dump, expect, load, malformed, shape_of, unexpected
 
 __all__ = ["SHARDING_FILE", "ShardingMetadata", "decode_file", "encode_file", "encode_sharding", "to_jax"]
 
@@ -25,6 +26,7 @@ SHARDING_FILE = "_sharding"
 
 _AXIS_TYPES = {str(kind): kind for kind in AxisType}
 _MAX_AXES = 64  # numpy has no arrays of more
+_URL_SAFE = bytes.maketrans(b"+/", b"-_")
 _ADVICE = (
     "Say where to put the arrays: pass devices='local' (the first device here), devices='numpy' or fallback_sharding= to the "
     "restore, or a target whose leaves carry shardings."
@@ -223,10 +225,12 @@ def encode_file(shardings: Mapping[str, Mapping[str, Any]]) -> bytes:
     for record in shardings.values():
         if id(record) not in texts:
             texts[id(record)] = dump(record).decode()
-    bad = [name for name in shardings if not encodable(name)]
-    if bad:
-        raise errors.TreeError(f"The leaf {bad[0]!a} has a name that UTF-8 cannot encode. Rename its keys.")
-    return dump({base64.urlsafe_b64encode(name.encode()).decode(): texts[id(record)] for name, record in shardings.items()})
+    try:
+        lines = b"".join([binascii.b2a_base64(name.encode()) for name in shardings])  # each ends with a newline
+    except UnicodeEncodeError as error:
+        raise errors.TreeError(f"The leaf {error.object!a} has a name that UTF-8 cannot encode. Rename its keys.") from error
+    names = lines.translate(_URL_SAFE).decode().splitlines()
+    return dump(dict(zip(names, [texts[id(record)] for record in shardings.values()], strict=True)))
 
 
 def decode_file(data: bytes, where: str, names: Container[str] = ()) -> dict[str, dict[str, Any]]:

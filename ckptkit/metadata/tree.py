@@ -147,10 +147,11 @@ def encode_tree(document: TreeDocument) -> bytes:
     """
     key_json, value_json = functools.cache(_key_json), functools.cache(_value_json)  # leaves share most of theirs
     tree = {
-        str(tuple([name for name, _ in keys])): orjson.Fragment(
-            b'{"key_metadata":[%b],"value_metadata":%b}' % (b",".join(map(key_json, keys)), value_json(*value))
-        )
-        for keys, *value in document.entries
+        str(tuple(map(_NAME, keys))): {
+            "key_metadata": list(map(key_json, keys)),
+            "value_metadata": value_json(value_type, skip, write_shape),
+        }
+        for keys, value_type, skip, write_shape in document.entries
     }
     if len(tree) != len(document.entries):
         raise errors.TreeError(f"{len(document.entries) - len(tree)} leaves have the same keys as another one. Rename them.")
@@ -167,13 +168,16 @@ def encode_tree(document: TreeDocument) -> bytes:
     )
 
 
-def _key_json(key: Key) -> bytes:
-    return dump({"key": key.name, "key_type": key.kind})
+_NAME = operator.attrgetter("name")
 
 
-def _value_json(value_type: str, skip: bool, write_shape: tuple[int, ...] | None) -> bytes:  # noqa: FBT001 - as in `Entry`
+def _key_json(key: Key) -> dict[str, Any]:
+    return {"key": key.name, "key_type": key.kind}
+
+
+def _value_json(value_type: str, skip: bool, write_shape: tuple[int, ...] | None) -> dict[str, Any]:  # noqa: FBT001 - as in `Entry`
     document = {"value_type": value_type, "skip_deserialize": skip}
-    return dump(document if write_shape is None else {**document, "write_shape": write_shape})
+    return document if write_shape is None else {**document, "write_shape": write_shape}
 
 
 def decode_tree(data: bytes, where: str) -> TreeDocument:

@@ -10,8 +10,10 @@ from typing import NamedTuple
 from ckptkit import errors
 from ckptkit.grid import Array, ArraySpec, Index, chunk_indices, index_nbytes, index_shape
 from ckptkit.index import IndexDocument
+from ckptkit.pipeline import answers
 from ckptkit.pipeline.limits import BATCH_BYTE_SIZE, BATCH_LEAVES
 from ckptkit.pipeline.memory import aligned_empty
+from ckptkit.registry import Registry
 from ckptkit.storage.base import Reader
 
 __all__ = ["ChunkRead", "check_arrays", "chunk_problems", "is_damage"]
@@ -33,38 +35,43 @@ def is_damage(error: errors.CheckpointError) -> bool:
 
 
 def chunk_problems(
-    chunks: Sequence[ChunkRead], reading: Future[None], reader: Reader, index: IndexDocument | None
+    chunks: Sequence[ChunkRead], reading: Future[None], registry: Registry, reader: Reader, index: IndexDocument | None
 ) -> dict[int, errors.CheckpointError]:
     """What is wrong with chunks that are being read, by position; nothing where all of them are whole.
 
     Args:
       chunks: those that are being read.
       reading: what `reader.read` returned for them.
+      registry: knows whose reader it is.
       reader: reads them again one by one where that failed.
       index: their checksums; None where none were written.
 
     Raises:
       errors.StorageError: they cannot be read now.
+      errors.PluginError: the reader's future raised what is no error of ckptkit's or the operating system's.
     """
     problems: dict[int, errors.CheckpointError] = {}
     try:
-        reading.result()
+        with answers.calling(registry, reader, "read"):
+            reading.result()
     except errors.CheckpointError as error:
         if not is_damage(error):
             raise
-        problems = _unreadable(chunks, reader)
+        problems = _unreadable(chunks, registry, reader)
     for position, (array, cell, out) in enumerate(chunks if index is not None else ()):
         if position not in problems and index is not None and (reason := index.check(array, cell, out)) is not None:
-            place = reader.place(array.name, cell)
+            with answers.calling(registry, reader, "place"):
+                place = reader.place(array.name, cell)
             problems[position] = errors.CorruptCheckpointError(reason + (f"; it lies in {place}" if place else ""))
     return problems
 
 
-def _unreadable(chunks: Sequence[ChunkRead], reader: Reader) -> dict[int, errors.CheckpointError]:
+def _unreadable(chunks: Sequence[ChunkRead], registry: Registry, reader: Reader) -> dict[int, errors.CheckpointError]:
     problems: dict[int, errors.CheckpointError] = {}
     for position, (array, cell, out) in enumerate(chunks):
         try:
-            reader.read([(array.name, cell, out)]).result()
+            with answers.calling(registry, reader, "read"):
+                reader.read([(array.name, cell, out)]).result()
         except errors.CheckpointError as error:
             if not is_damage(error):
                 raise
@@ -73,21 +80,24 @@ def _unreadable(chunks: Sequence[ChunkRead], reader: Reader) -> dict[int, errors
 
 
 def check_arrays(
-    arrays: Sequence[ArraySpec], reader: Reader, index: IndexDocument | None
+    arrays: Sequence[ArraySpec], registry: Registry, reader: Reader, index: IndexDocument | None
 ) -> Iterator[tuple[int, Index, errors.CheckpointError | None]]:
     """Reads every chunk of every array: the array's position, the chunk, and what is wrong with it.
 
     Raises:
       errors.StorageError: chunks cannot be read now, or there is no memory for one.
+      errors.PluginError: as for `chunk_problems`.
     """
     ahead: list[tuple[Sequence[tuple[int, Index]], Sequence[ChunkRead], Future[None]]] = []
     for batch in [*_batches(arrays), ()]:
         if batch:
             made = [ChunkRead(arrays[i], cell, aligned_empty(index_shape(cell), arrays[i].dtype)) for i, cell in batch]
-            ahead.append((batch, made, reader.read([(array.name, cell, out) for array, cell, out in made])))
+            with answers.calling(registry, reader, "read") as asked:
+                reading = reader.read([(array.name, cell, out) for array, cell, out in made])
+                ahead.append((batch, made, answers.instance(asked, reading, Future)))
         if ahead and (not batch or len(ahead) > 1):
             places, chunks, reading = ahead.pop(0)
-            problems = chunk_problems(chunks, reading, reader, index)
+            problems = chunk_problems(chunks, reading, registry, reader, index)
             yield from ((i, cell, problems.get(position)) for position, (i, cell) in enumerate(places))
 
 

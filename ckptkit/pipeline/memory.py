@@ -28,5 +28,5 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         memory = np.empty(size + 63, np.uint8)
     except MemoryError as error:
         raise errors.StorageError(errno.ENOMEM, f"there is no memory for an array of shape {shape} and dtype {dtype}") from error
-    start = -memory.ctypes.data % 64
-    return memory[start : start + size].view(dtype).reshape(shape)
+    address: int = memory.__array_interface__["data"][0]
+    return np.ndarray(shape, dtype, memory, -address % 64)  # 10,000 views of slices would take twice as long

@@ -8,7 +8,6 @@ from concurrent.futures import Future
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import attrs
 import numpy as np
 
 from ckptkit import errors, reports
@@ -77,6 +76,7 @@ def restore_leaves(
       errors.ProcessError: processes that read for each other do not restore the same.
       errors.CorruptCheckpointError: lists every chunk whose bytes differ from its checksum.
       errors.NotFoundError, errors.FormatError, errors.StorageError: chunks are missing or cannot be read.
+      errors.PluginError: a type handler or the reader did not do what it must.
     """
     needs = _needs(items, registry, where)
     _warn_of_casts(items)
@@ -101,7 +101,7 @@ def restore_leaves(
                 ahead.append(_start_reading(following, items, needs, sharing, registry, reader, fetches))
             if ahead and (following is None or len(ahead) > 1):
                 reading = ahead.pop(0)
-                for key_path, error in _damage(reading, reader, index):
+                for key_path, error in _damage(reading, registry, reader, index):
                     damage.setdefault(key_path, []).append(error)
                 sharing.exchange(reading.parts, failed=bool(damage))
                 if not (damage or sharing.failed) or on_corrupt == "skip":
@@ -226,13 +226,12 @@ def _restore_batches(
             yield _Batch(batch, read)
 
 
-@attrs.frozen
-class _Fetched:
+class _Fetched(NamedTuple):
     """A chunk that is being read into `out`, and where its values go besides."""
 
     item: RestoreItem
     array: ArraySpec
-    index: Index
+    part: Index
     out: Array
     copies: Sequence[tuple[Array, tuple[slice, ...]]]
 
@@ -269,7 +268,7 @@ def _start_reading(
         if array is not None:
             fetched += fetches(item, array, {index: buffers[index] for index in sharing.reads(i)})
     with answers.calling(registry, reader, "read") as asked:
-        future = answers.instance(asked, reader.read([(f.array.name, f.index, f.out) for f in fetched]), Future)
+        future = answers.instance(asked, reader.read([(f.array.name, f.part, f.out) for f in fetched]), Future)
     return _Reading(batch, parts, fetched, future)
 
 
@@ -282,7 +281,7 @@ def _cells(item: RestoreItem, array: ArraySpec, buffers: Mapping[Index, Array]) 
     """The chunks that fill the buffers, each once: straight into its place where it fits there as a whole in one run."""
     if len(buffers) == 1:
         ((index, buffer),) = buffers.items()
-        if buffer.size and index == tuple([(0, min(n, c)) for n, c in zip(array.shape, array.chunk_shape, strict=True)]):
+        if buffer.shape == array.shape == array.chunk_shape:  # most arrays, of which there may be many
             yield _Fetched(item, array, index, buffer, ())
             return
     cells: dict[Index, list[tuple[Index, Array]]] = {}
@@ -308,14 +307,16 @@ def _overlap_slices(inside: Index, other: Index) -> tuple[slice, ...]:
     return tuple([slice(max(a, c) - a, min(b, d) - a) for (a, b), (c, d) in zip(inside, other, strict=True)])
 
 
-def _damage(reading: _Reading, reader: Reader, index: IndexDocument | None) -> list[tuple[KeyPath, errors.CheckpointError]]:
+def _damage(
+    reading: _Reading, registry: Registry, reader: Reader, index: IndexDocument | None
+) -> list[tuple[KeyPath, errors.CheckpointError]]:
     """What is wrong with what was read, by leaf; chunks that did not go straight into their places are copied there."""
-    chunks = [ChunkRead(f.array, f.index, f.out) for f in reading.fetched]
-    problems = chunk_problems(chunks, reading.future, reader, index)
+    chunks = [ChunkRead(f.array, f.part, f.out) for f in reading.fetched]
+    problems = chunk_problems(chunks, reading.future, registry, reader, index)
     for fetched in reading.fetched:
         for view, inner in fetched.copies:
             view[...] = fetched.out[inner]
-    return [(reading.fetched[i].item.key_path, _naming(error, reading.fetched[i].index)) for i, error in problems.items()]
+    return [(reading.fetched[i].item.key_path, _naming(error, reading.fetched[i].part)) for i, error in problems.items()]
 
 
 def _naming(error: errors.CheckpointError, index: Index) -> errors.CheckpointError:

@@ -182,8 +182,9 @@ def _write(
     """The writing thread: what is staged goes to the backend, then the documents go to the location."""
     tracker.let_go.wait(_HOLD_BACK_SECS)
     try:
-        arrays = list(plan.arrays.values())
-        checksums = {array.name: Checksums(array) for array in arrays}
+        with paused_gc():
+            arrays = list(plan.arrays.values())
+            checksums = {array.name: Checksums(array) for array in arrays}
         _check_wanted(result)  # an interrupted caller that saw no thread yet has not waited for this one
         location = place()
         together.compare(meeting, plan, location)

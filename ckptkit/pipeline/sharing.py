@@ -107,6 +107,8 @@ class Sharing:
 
     def reads(self, position: int) -> Sequence[Index]:
         """The parts of a leaf that this process reads."""
+        if not self.several:
+            return self._needs[position]
         shared = self._shared[position]
         return [index for index in self._needs[position] if shared.get(index, (self._me,))[0] == self._me]
 

@@ -6,6 +6,7 @@ import enum
 import fcntl
 import json
 import os
+import pickle
 import shutil
 import struct
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any
 import attrs
 import numpy as np
 import pytest
+from faults.survival import Event
 
 import ckptkit
 
@@ -100,9 +102,11 @@ class Server:
 class Disk:
     """A file system of its own on a loop device, whose power can be cut.
 
+    Its image is in memory: what the power cut loses is what the file system has not given to the device.
+
     Args:
       kind: 'ext4' or 'xfs'.
-      directory: for the image, and the mount point `path`.
+      directory: for the mount point `path`.
     """
 
     _SHUTDOWN = 0x8004587D  # FS_IOC_SHUTDOWN
@@ -111,10 +115,10 @@ class Disk:
         if sys.platform != "linux" or os.geteuid() != 0:
             pytest.skip("cutting the power of a disk needs root on Linux, to mount one")
         install(f"mkfs.{kind}", {"ext4": "e2fsprogs", "xfs": "xfsprogs"}[kind])
-        self._image, self.path = directory / "image", directory / "disk"
+        self._memory = os.memfd_create("image")
+        self._image, self.path = Path(f"/proc/{os.getpid()}/fd/{self._memory}"), directory / "disk"
         self.path.mkdir()
-        with self._image.open("wb") as image:
-            image.truncate(400 << 20)  # sparse; the least that mkfs.xfs takes is 300 MB
+        os.truncate(self._memory, 400 << 20)  # sparse; the least that mkfs.xfs takes is 300 MB
         self._call(f"mkfs.{kind}", "-q", self._image)
         try:
             self._mount()
@@ -131,21 +135,71 @@ class Disk:
 
     def remount(self) -> None:
         """What a computer finds when it has power again."""
-        self.unmount()
+        self._call("umount", self.path)
         self._mount()
 
     def sync(self) -> None:
         """All that is there will survive."""
         self._call("sync", "-f", self.path)
 
-    def unmount(self) -> None:
+    def close(self) -> None:
+        """Unmounts it and frees its memory."""
         self._call("umount", self.path)
+        os.close(self._memory)
 
     def _mount(self) -> None:
         self._call("mount", "-o", "loop", self._image, self.path)
 
     def _call(self, *command: str | Path) -> None:
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+
+
+class RecordedDisk:
+    """A file system in memory, mounted at `path`, which answers as it is told and records what happens to it: see fuse.py."""
+
+    def __init__(self, directory: Path) -> None:
+        if sys.platform != "linux" or os.geteuid() != 0 or not os.path.exists("/dev/fuse"):
+            pytest.skip("a disk that is slow or fails needs root on Linux and /dev/fuse, to mount one")
+        self.path, self._record = directory / "disk", directory / "record"
+        self.path.mkdir()
+        self._process = subprocess.Popen(
+            [sys.executable, FOLDER / "fuse.py", self.path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            text=True,
+        )
+        assert self._process.stdout is not None
+        if not self._process.stdout.readline():
+            _, printed = self._process.communicate(timeout=60)
+            pytest.skip(f"FUSE cannot be mounted here: {printed.splitlines()[-1]}")
+
+    def behave(self, **fields: Any) -> None:
+        """From now on it answers as the fields of `Behaviour` say, and counts calls from 1."""
+        self._ask(behave=fields)
+
+    def events(self) -> list[Event]:
+        """All that happened since the disk was made."""
+        self._ask(record=str(self._record))
+        recorded: list[Event] = pickle.loads(self._record.read_bytes())  # noqa: S301 - our own process wrote it
+        return recorded
+
+    def counts(self) -> dict[str, int]:
+        """How many calls there were of each kind that can be made to fail, since `behave`."""
+        return self._ask(record=os.devnull)
+
+    def close(self) -> None:
+        """Unmounts it."""
+        self._process.communicate(timeout=60)
+
+    def _ask(self, **request: Any) -> dict[str, int]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        counts: dict[str, int] = json.loads(self._process.stdout.readline())
+        return counts
 
 
 os.environ["PATH"] += f"{os.pathsep}/usr/sbin{os.pathsep}/sbin"  # where mkfs and losetup are, and not every path leads

@@ -26,9 +26,10 @@ _CHILD_SECS = 250
 
 
 def tree(kind: str, version: int) -> Any:
-    """A tree whose every leaf depends on `version`; 'sharded' lies on eight devices."""
-    arrays = {"small": np.full(100, version, np.float32), "large": np.full(300_000, version, np.int32), "number": version}
-    if kind == "numpy":
+    """A tree whose every leaf depends on `version`; 'sharded' lies on eight devices, 'plain' is too small to be compressed."""
+    size = 25_000 if kind == "plain" else 300_000
+    arrays = {"small": np.full(100, version, np.float32), "large": np.full(size, version, np.int32), "number": version}
+    if kind != "sharded":
         return arrays
     mesh = jax.make_mesh((4, 2), ("x", "y"))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x", "y"))

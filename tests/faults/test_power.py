@@ -20,7 +20,7 @@ OLD, NEW = 1, 2
 def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Disk]:
     mounted = Disk(request.param, tmp_path)
     yield mounted
-    mounted.unmount()
+    mounted.close()
 
 
 def _begin_with_old(disk: Disk, server: Server, storage: str) -> Callable[[Fault | None], dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import shutil
 import socket
@@ -152,6 +153,20 @@ def registry(server, registry_at):
 @pytest.fixture
 def url():
     return f"s3://bucket/{uuid.uuid4().hex}/step 1"
+
+
+@pytest.fixture
+def new_location(registry, url):
+    """Makes places below a URL, for the suites of `ckptkit.testing`."""
+    place = registry.location(url)
+    numbers = itertools.count()
+    yield lambda: place.child(str(next(numbers)))
+    place.delete()
+
+
+@pytest.fixture
+def location(new_location):
+    return new_location()
 
 
 @pytest.fixture

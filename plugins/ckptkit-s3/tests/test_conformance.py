@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import uuid
-
 import numpy as np
 import pytest
 
@@ -12,19 +9,10 @@ from ckptkit import args, handlers
 from ckptkit.testing import CheckpointHandlerTests, StorageBackendTests
 
 
-@pytest.fixture
-def new_location(server, registry, monkeypatch):
-    """Places in the bucket, which another process finds too."""
+@pytest.fixture(autouse=True)
+def _endpoint(server, monkeypatch):
+    """Another process finds the server too."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint)
-    place = registry.location(f"s3://bucket/{uuid.uuid4().hex}")
-    numbers = itertools.count()
-    yield lambda: place.child(str(next(numbers)))
-    place.delete()
-
-
-@pytest.fixture
-def location(new_location):
-    return new_location()
 
 
 class TestOcdbt(StorageBackendTests):

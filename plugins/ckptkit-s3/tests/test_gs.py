@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import base64
 import http.server
-import itertools
 import json
 import threading
 import time
@@ -145,11 +145,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if self._refuse_unknown(query, "prefix", "startOffset", "endOffset", "pageToken", "maxResults"):
             return
         names = sorted(name for name in self.server.objects if name.startswith(query.get("prefix", "")))
-        names = [name for name in names if name >= query.get("startOffset", "") and name > query.get("pageToken", "")]
+        last = base64.urlsafe_b64decode(query.get("pageToken", "")).decode()
+        names = [name for name in names if name >= query.get("startOffset", "") and name > last]
         if "endOffset" in query:
             names = [name for name in names if name < query["endOffset"]]
         items = [{"name": name, "generation": str(self.server.objects[name][0])} for name in names[:_PAGE]]
-        more = {"nextPageToken": names[_PAGE - 1]} if len(names) > _PAGE else {}
+        more = {}
+        if len(names) > _PAGE:  # in ASCII, as Google's tokens are: TensorStore aborts the process over any other
+            more["nextPageToken"] = base64.urlsafe_b64encode(names[_PAGE - 1].encode()).decode()
         self._reply(200, json.dumps({"items": items, **more}).encode(), Content_Type="application/json")
 
 
@@ -270,16 +273,9 @@ def test_urls_that_name_no_folder_of_a_bucket_are_refused(bad):
 
 
 @pytest.mark.slow
-class TestOcdbt(StorageBackendTests):
-    many = 1_000
+class TestStorage(StorageBackendTests):
+    many = 500  # each is an object in zarr
 
-    @pytest.fixture
-    def new_location(self, registry, url):
-        place = registry.location(url)
-        numbers = itertools.count()
-        yield lambda: place.child(str(next(numbers)))
-        place.delete()
-
-    @pytest.fixture
-    def backend(self, registry):
-        return registry.storage("ocdbt")
+    @pytest.fixture(params=["ocdbt", "zarr"])
+    def backend(self, registry, request):
+        return registry.storage(request.param)

@@ -7,49 +7,65 @@ writes.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ckptkit.storage import Index, whole
 
-__all__ = ["Bytes", "Extent", "cut", "extents", "flat", "inside", "move", "row_axis", "tasks", "widened"]
+__all__ = ["Array", "Call", "Extent", "calls", "cut", "extents", "inside", "is_small", "move", "row_axis", "tasks", "widened"]
 
-Bytes = npt.NDArray[Any]
-"""Items of one byte, in one run."""
+Array = npt.NDArray[Any]
+"""Memory in one run: C-contiguous."""
 
-Extent = tuple[int, Bytes]
+Extent = tuple[int, Array]
+
+
+class Call(NamedTuple):
+    """What moves in one call of the system's: `nbytes` in all, from an offset in the file on."""
+
+    offset: int
+    nbytes: int
+    buffers: Sequence[Array]
+
 
 _CALL_NBYTES: Final = 1 << 20
 _CALL_BUFFERS: Final = 1024  # IOV_MAX on Linux and macOS
 _TASK_NBYTES: Final = 16 << 20
-_TASK_EXTENTS: Final = 1 << 14
+_TASK_CALLS: Final = 1 << 14
 
 # A call for a run costs about 3 us, in which 16 KiB are copied: shorter runs move with what lies between them.
 _MIN_RUN_NBYTES: Final = 512
 _MAX_ROW_NBYTES: Final = 16 << 10
 
 
-def flat(data: npt.NDArray[Any]) -> Bytes:
-    """The bytes of a C-contiguous array; those of bool stay bool, so that one knows to check them."""
-    return data.reshape(-1) if data.dtype.kind == "b" else data.reshape(-1).view(np.uint8)
+def is_small(data: Array, shape: tuple[int, ...]) -> bool:
+    """Whether memory is that of a whole array of this shape, and moves in one call: most arrays, of which there may be many."""
+    return data.shape == shape and 0 < data.nbytes <= _CALL_NBYTES
 
 
-def extents(offset: int, shape: tuple[int, ...], index: Index, data: npt.NDArray[Any]) -> Iterable[Extent]:
-    """The runs of a part of an array that begins at `offset` in the file; `data` is the memory of the part, C-contiguous."""
-    if data.shape == shape and 0 < data.nbytes <= _CALL_NBYTES:  # most arrays, of which there may be many
-        return ((offset, flat(data)),)
-    return _cut_runs(offset, shape, index, data)
+def extents(offset: int, shape: tuple[int, ...], index: Index, data: Array) -> Iterator[Extent]:
+    """The runs of a part of an array that begins at `offset` in the file, in pieces that a call can move.
 
-
-def _cut_runs(offset: int, shape: Sequence[int], index: Index, data: npt.NDArray[Any]) -> Iterator[Extent]:
+    Args:
+      offset: where the array begins, in bytes.
+      shape: of the array.
+      index: the part.
+      data: its memory; that of the pieces is bytes, but bool where this is, so that one knows to check them.
+    """
     starts, nbytes = _runs(shape, data.dtype.itemsize, index)
-    memory = flat(data)
+    memory = data.reshape(-1) if data.dtype.kind == "b" else _flat(data)
     for i, start in enumerate(starts):
         for at in range(0, nbytes, _CALL_NBYTES):
             yield offset + start + at, memory[i * nbytes + at : i * nbytes + min(at + _CALL_NBYTES, nbytes)]
+
+
+def _flat(data: Array) -> Array:
+    """The bytes of memory."""
+    return data.reshape(-1).view(np.uint8)
 
 
 def _runs(shape: Sequence[int], itemsize: int, index: Index) -> tuple[list[int], int]:
@@ -107,55 +123,55 @@ def inside(part: Index, other: Index) -> tuple[slice, ...]:
     return tuple([slice(max(a, c) - a, min(b, d) - a) for (a, b), (c, d) in zip(part, other, strict=True)])
 
 
-def tasks(found: Iterable[Extent]) -> Iterator[list[Extent]]:
-    """Extents in the order of the file, in lists for one thread each."""
-    task: list[Extent] = []
-    size = 0
-    for extent in sorted(found, key=lambda extent: extent[0]):
-        task.append(extent)
-        size += extent[1].size
-        if size >= _TASK_NBYTES or len(task) == _TASK_EXTENTS:
+def calls(found: Iterable[Extent]) -> Iterator[Call]:
+    """The calls that move extents, in the order of the file."""
+    start = end = -1
+    buffers: list[Array] = []
+    for offset, memory in sorted(found, key=operator.itemgetter(0)):
+        nbytes = memory.nbytes
+        if offset != end or end - start + nbytes > _CALL_NBYTES or len(buffers) == _CALL_BUFFERS:
+            if buffers:
+                yield Call(start, end - start, buffers)
+            start, buffers = offset, []
+        buffers.append(memory)
+        end = offset + nbytes
+    if buffers:
+        yield Call(start, end - start, buffers)
+
+
+def tasks(found: Iterable[Extent]) -> Iterator[list[Call]]:
+    """The calls that move extents, in lists for one thread each."""
+    task: list[Call] = []
+    nbytes = 0
+    for call in calls(found):
+        task.append(call)
+        nbytes += call.nbytes
+        if nbytes >= _TASK_NBYTES or len(task) == _TASK_CALLS:
             yield task
-            task, size = [], 0
+            task, nbytes = [], 0
     if task:
         yield task
 
 
-def move(operation: Callable[[int, list[Any], int], int], descriptor: int, task: Iterable[Extent]) -> int | None:
-    """Calls `os.preadv` or `os.pwritev` for extents in the order of the file.
+def move(operation: Callable[[int, Sequence[Any], int], int], descriptor: int, task: Iterable[Call]) -> int | None:
+    """Makes calls of `os.preadv` or `os.pwritev`.
 
     Returns:
       the offset from which on nothing came, where the file ends too early; else None.
     """
-    for at, size, buffers in _calls(task):
-        while (count := operation(descriptor, buffers, at)) < size:
+    for at, nbytes, buffers in task:
+        while (count := operation(descriptor, buffers, at)) < nbytes:
             if not count:
                 return at
-            at, size, buffers = at + count, size - count, _rest(buffers, count)  # noqa: PLW2901 - the same call goes on
+            at, nbytes, buffers = at + count, nbytes - count, _rest(buffers, count)  # noqa: PLW2901 - the same call goes on
     return None
 
 
-def _rest(buffers: Sequence[Bytes], count: int) -> list[Bytes]:
+def _rest(buffers: Sequence[Array], count: int) -> list[Array]:
     """What is left of buffers of which so many bytes have moved."""
     left = []
     for buffer in buffers:
-        if count < buffer.size:
-            left.append(buffer[count:])
-        count = max(0, count - buffer.size)
+        if count < buffer.nbytes:
+            left.append(_flat(buffer)[count:])
+        count = max(0, count - buffer.nbytes)
     return left
-
-
-def _calls(task: Iterable[Extent]) -> Iterator[tuple[int, int, list[Bytes]]]:
-    """Offset, size and memory of each call."""
-    start = end = -1
-    call: list[Bytes] = []
-    for offset, memory in task:
-        if call and (offset != end or end - start + memory.size > _CALL_NBYTES or len(call) == _CALL_BUFFERS):
-            yield start, end - start, call
-            call = []
-        if not call:
-            start = end = offset
-        call.append(memory)
-        end += memory.size
-    if call:
-        yield start, end - start, call

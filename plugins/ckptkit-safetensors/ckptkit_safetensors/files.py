@@ -58,11 +58,12 @@ def split(arrays: Sequence[ArraySpec], limit: int) -> list[list[ArraySpec]]:
     files: list[list[ArraySpec]] = [[]]
     size = 0
     for array in arrays:
-        if files[-1] and size + array.nbytes > limit:
+        nbytes = array.nbytes
+        if files[-1] and size + nbytes > limit:
             files.append([])
             size = 0
         files[-1].append(array)
-        size += array.nbytes
+        size += nbytes
     return files
 
 

@@ -6,14 +6,16 @@ bytes without gaps, little-endian, in C order. What is read may be a stranger's:
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import ml_dtypes
 import numpy as np
+import orjson
 
 from ckptkit import errors
 from ckptkit.storage import ArraySpec, chunk_count
@@ -57,6 +59,10 @@ DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
 WORDS: Final[Mapping[np.dtype[Any], str]] = {dtype: word for word, dtype in DTYPES.items()}
 
 
+_INT: Final = frozenset({int})
+_Layout = tuple[tuple[int, ...], np.dtype[Any], tuple[int, ...], int]
+
+
 class Tensor(NamedTuple):
     """An array in a file.
 
@@ -68,7 +74,7 @@ class Tensor(NamedTuple):
 
     array: ArraySpec
     start: int
-    exact: bool = False
+    exact: bool
 
 
 def order(arrays: Sequence[ArraySpec]) -> list[ArraySpec]:
@@ -76,8 +82,8 @@ def order(arrays: Sequence[ArraySpec]) -> list[ArraySpec]:
     return sorted(arrays, key=lambda array: -array.dtype.itemsize)
 
 
-def encode(arrays: Sequence[ArraySpec]) -> tuple[bytes, dict[str, Tensor], int]:
-    """What stands before the arrays in a file that holds them in this order, where each lies behind it, and their bytes in all.
+def encode(arrays: Sequence[ArraySpec]) -> tuple[bytes, dict[str, int], int]:
+    """What stands before the arrays in a file that holds them in this order, where each begins behind it, and their bytes in all.
 
     The chunks that checksums were taken of are recorded where an array is not one chunk. The format is called 'pt', as by most
     writers: transformers refuses files that do not say one it knows.
@@ -86,29 +92,24 @@ def encode(arrays: Sequence[ArraySpec]) -> tuple[bytes, dict[str, Tensor], int]:
       errors.ArgsError: the header would be larger than the library reads.
     """
     chunks = {a.name: a.chunk_shape for a in arrays if a.chunk_shape != a.shape and a.chunk_shape != _one_chunk(a.shape)}
-    document: dict[str, Any] = {METADATA_KEY: {"format": "pt", _CHUNKS_KEY: _dump(chunks)}}
-    tensors, start = {}, 0
+    document: dict[str, Any] = {METADATA_KEY: {"format": "pt", _CHUNKS_KEY: orjson.dumps(chunks).decode()}}
+    starts, end = {}, 0
     for array in arrays:
-        stop = start + array.nbytes
-        document[array.name] = {"dtype": WORDS[array.dtype], "shape": array.shape, "data_offsets": (start, stop)}
-        tensors[array.name] = Tensor(array, start, exact=True)
-        start = stop
-    text = _dump(document).encode()
+        start, end = end, end + array.nbytes
+        document[array.name] = {"dtype": WORDS[array.dtype], "shape": array.shape, "data_offsets": (start, end)}
+        starts[array.name] = start
+    text = orjson.dumps(document)
     text += b" " * (-(LENGTH_NBYTES + len(text)) % _ALIGNMENT)
     if len(text) > MAX_NBYTES:
         raise errors.ArgsError(
             f"The names and shapes of {len(arrays)} arrays take {len(text)} bytes, more than the {MAX_NBYTES} that the header of "
             "a safetensors file may have; set a smaller target_data_file_size."
         )
-    return len(text).to_bytes(LENGTH_NBYTES, "little") + text, tensors, start
+    return len(text).to_bytes(LENGTH_NBYTES, "little") + text, starts, end
 
 
 def _one_chunk(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple([max(1, n) for n in shape])
-
-
-def _dump(document: Any) -> str:
-    return json.dumps(document, ensure_ascii=False, separators=(",", ":"))
 
 
 def parse(text: bytes, size: int, where: str) -> Mapping[str, Tensor]:
@@ -123,16 +124,20 @@ def parse(text: bytes, size: int, where: str) -> Mapping[str, Tensor]:
     metadata = document.pop(METADATA_KEY, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise errors.FormatError(f"{where}: {METADATA_KEY} is {_shown(metadata)}, expected an object of texts.")
-    found = {name: _tensor(name, entry, _CHUNKS_KEY in metadata, where) for name, entry in document.items()}
+    exact, layouts = _CHUNKS_KEY in metadata, functools.cache(_layout)  # arrays share most of theirs
+    found = {name: _tensor(name, entry, exact, layouts, where) for name, entry in document.items()}
     _check_places(found, size, where)
     return _with_chunks(found, metadata.get(_CHUNKS_KEY, "{}"), where)
 
 
 def _load(text: bytes, where: str) -> Any:
     try:
-        return json.loads(text.decode(), object_pairs_hook=_unique)
+        document = orjson.loads(text)
+        if orjson.dumps(document) != text.rstrip(b" "):  # not written in the one way that leaves nothing open
+            document = json.loads(text.decode(), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise errors.FormatError(f"{where}: not a safetensors file: the header is no JSON ({error}).") from error
+    return document
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -144,25 +149,40 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return document
 
 
-def _tensor(name: str, entry: Any, exact: bool, where: str) -> Tensor:  # noqa: FBT001 - never called with a bare True
+def _tensor(
+    name: str,
+    entry: Any,
+    exact: bool,  # noqa: FBT001 - never called with a bare True
+    layouts: Callable[[str, tuple[int, ...]], _Layout | str],
+    where: str,
+) -> Tensor:
     """An entry, with the whole array as its one chunk."""
     try:
         word, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
         name.encode()
     except (TypeError, KeyError, ValueError) as error:
         raise _malformed(name, entry, "dtype, shape and two data_offsets", where) from error
-    dtype = DTYPES.get(word) if isinstance(word, str) else None
-    if dtype is None:
-        raise _malformed(name, entry, f"a dtype among {', '.join(DTYPES)}", where)
-    if not isinstance(shape, list) or len(shape) > _MAX_RANK or not all(type(n) is int and n >= 0 for n in shape):
-        raise _malformed(name, entry, f"a shape of at most {_MAX_RANK} lengths", where)
+    if type(word) is not str or type(shape) is not list or not _INT.issuperset(map(type, shape)):
+        raise _malformed(name, entry, f"a dtype among {', '.join(DTYPES)}, and a shape of integers", where)
+    layout = layouts(word, tuple(shape))
+    if isinstance(layout, str):
+        raise _malformed(name, entry, layout, where)
+    shape, dtype, cell, nbytes = layout
+    if type(start) is not int or type(stop) is not int or not 0 <= start <= stop or stop - start != nbytes:
+        raise _malformed(name, entry, f"data_offsets that are {nbytes} bytes apart", where)
+    return Tensor(ArraySpec(name, shape, dtype, cell), start, exact)
+
+
+def _layout(word: str, shape: tuple[int, ...]) -> _Layout | str:
+    """Shape, dtype, the one chunk and the bytes of an array; of what cannot be, what is expected instead."""
+    if (dtype := DTYPES.get(word)) is None:
+        return f"a dtype among {', '.join(DTYPES)}"
+    if len(shape) > _MAX_RANK or min(shape, default=0) < 0:
+        return f"a shape of at most {_MAX_RANK} lengths"
     cell = _one_chunk(shape)
     if math.prod(cell) * dtype.itemsize >= 1 << 63:  # of an empty array too: numpy refuses more
-        raise _malformed(name, entry, "a shape that fits into memory", where)
-    array = ArraySpec(name, tuple(shape), dtype, cell)
-    if type(start) is not int or type(stop) is not int or not 0 <= start <= stop or stop - start != array.nbytes:
-        raise _malformed(name, entry, f"data_offsets that are {array.nbytes} bytes apart", where)
-    return Tensor(array, start, exact)
+        return "a shape that fits into memory"
+    return shape, dtype, cell, math.prod(shape) * dtype.itemsize
 
 
 def _check_places(tensors: Mapping[str, Tensor], size: int, where: str) -> None:

@@ -6,21 +6,19 @@ import errno
 import math
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ckptkit import errors
 from ckptkit.storage import ArraySpec, Index, PartialReader, Workers, joined, mapped_os_errors
-from ckptkit_safetensors.extents import Extent, cut, extents, inside, move, row_axis, tasks, widened
+from ckptkit_safetensors.extents import Array, Call, Extent, calls, cut, extents, inside, is_small, move, row_axis, tasks, widened
 from ckptkit_safetensors.files import Place, places
 
 __all__ = ["SafetensorsReader"]
 
-Array = npt.NDArray[Any]
 Request = tuple[str, Index, Array]
 
 
@@ -65,36 +63,39 @@ class SafetensorsReader(PartialReader):
         self, requests: Sequence[Request]
     ) -> tuple[dict[tuple[str, bool], list[Extent]], list[tuple[Place, Index, Index, Array]]]:
         """What is read straight into its place, by file and whether that is exact, and what is read with the rest of its rows."""
-        direct: dict[tuple[str, bool], list[Extent]] = {}
+        direct: dict[tuple[str, bool], list[Extent]] = defaultdict(list)
         by_rows = []
         listed = self._listed()
         for name, index, out in requests:
             if (place := listed.get(name)) is None:
                 raise errors.NotFoundError(errno.ENOENT, f"there is no array {name!r} here", self._path)
             shape = place.array.shape
+            if is_small(out, shape):
+                direct[place.path, place.exact].append((place.offset, out))
+                continue
             axis = row_axis(shape, out.dtype.itemsize, out.shape)
             if axis == len(shape):
-                direct.setdefault((place.path, place.exact), []).extend(extents(place.offset, shape, index, out))
+                direct[place.path, place.exact] += extents(place.offset, shape, index, out)
             elif out.size:
                 by_rows.append((place, index, widened(index, shape, axis), out))
         return direct, by_rows
 
 
-def _read_direct(path: str, exact: bool, task: Sequence[Extent]) -> None:  # noqa: FBT001 - never called with a bare True
-    """Fills the memory of the extents of one file with values of numpy's; `exact` is as in `Tensor`."""
+def _read_direct(path: str, exact: bool, task: Sequence[Call]) -> None:  # noqa: FBT001 - never called with a bare True
+    """Fills the memory of calls that read one file with values of numpy's; `exact` is as in `Tensor`."""
     _read(path, task)
-    for _, memory in task:
-        _settle(memory, path, exact=exact)
+    for call in task:
+        for memory in call.buffers:
+            if memory.dtype.kind == "b":
+                _settle(memory, path, exact=exact)
 
 
 def _settle(memory: Array, path: str, *, exact: bool) -> None:
-    """Makes each true of a file the byte 1, the only one that numpy knows: other programs may write any byte but 0.
+    """Makes each true of bools of a file the byte 1, the only one that numpy knows: other programs may write any byte but 0.
 
     Raises:
       errors.CorruptCheckpointError: another byte, where the file is exact.
     """
-    if memory.dtype != bool:
-        return
     stored = memory.view(np.uint8)
     if not exact:
         np.not_equal(stored, 0, out=memory)
@@ -105,8 +106,8 @@ def _settle(memory: Array, path: str, *, exact: bool) -> None:
         )
 
 
-def _read(path: str, task: Sequence[Extent]) -> None:
-    """Fills the memory of the extents of one file.
+def _read(path: str, task: Iterable[Call]) -> None:
+    """Makes calls that read one file.
 
     Raises:
       errors.NotFoundError, errors.StorageError: the file is gone, or cannot be read.
@@ -126,6 +127,7 @@ def _read_rows(place: Place, index: Index, rows: Index, out: Array) -> None:
     """Fills `out` with the part at `index`, which is too scattered to read without the `rows` that it lies in."""
     for part in cut(rows, out.dtype.itemsize * math.prod(stop - start for start, stop in rows)):
         memory = np.empty([stop - start for start, stop in part], out.dtype)
-        _read(place.path, list(extents(place.offset, place.array.shape, part, memory)))
+        _read(place.path, calls(extents(place.offset, place.array.shape, part, memory)))
         out[inside(index, part)] = memory[inside(part, index)]
-    _settle(out, place.path, exact=place.exact)
+    if out.dtype.kind == "b":
+        _settle(out, place.path, exact=place.exact)

@@ -1,12 +1,15 @@
 """Parts of arrays are runs of bytes: those that numpy would take, whatever the shape."""
 
+import itertools
 import math
 
+import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptkit_safetensors.extents import cut, extents, inside, row_axis, tasks, widened
+from ckptkit_safetensors.extents import calls, cut, extents, inside, move, row_axis, tasks, widened
 
 _shapes = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 
@@ -63,4 +66,30 @@ def test_a_task_is_at_most_16_mib_in_the_order_of_the_file():
     mib = np.zeros(1 << 20, np.uint8)
     found = list(tasks([(i << 20, mib) for i in reversed(range(40))]))
     assert [len(task) for task in found] == [16, 16, 8]
-    assert [offset >> 20 for task in found for offset, _ in task] == list(range(40))
+    assert [call.offset >> 20 for task in found for call in task] == list(range(40))
+
+
+def test_what_follows_on_each_other_in_the_file_moves_in_one_call_of_at_most_1_mib():
+    kib = np.zeros((2, 128), np.float32)
+    offsets = [*range(0, 3 << 20, 1 << 10), 4 << 20, 5 << 20]
+    found = list(calls([(offset, kib) for offset in offsets]))
+    assert [(call.offset, call.nbytes, len(call.buffers)) for call in found] == [
+        *((i << 20, 1 << 20, 1 << 10) for i in range(3)),
+        (4 << 20, 1 << 10, 1),
+        (5 << 20, 1 << 10, 1),
+    ]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float64, np.bool_, jnp.bfloat16])
+def test_a_call_that_moves_less_than_it_was_asked_to_goes_on_where_it_ended(dtype):
+    memory = np.arange(12).astype(dtype).reshape(3, 4)
+    found = [(0, memory), (memory.nbytes, np.array(1, dtype))]
+    stored = {}
+
+    def write_five(_, buffers, offset):
+        data = b"".join(buffers)[:5]
+        stored.update(zip(itertools.count(offset), data, strict=False))
+        return len(data)
+
+    assert move(write_five, 0, calls(found)) is None
+    assert bytes(stored[i] for i in sorted(stored)) == memory.tobytes() + np.array(1, dtype).tobytes()
