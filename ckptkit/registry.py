@@ -1,23 +1,21 @@
 """The registry: which handler takes an args class, which type handler a leaf, which backend a name, which place a URL.
 
-Every registration remembers who made it, so that a conflict names both sides, a checkpoint can say who is needed to read
-it, and a broken plugin's registrations can be undone. Finding and loading plugins is `discovery`'s affair.
+What may be registered is `_registrable`'s affair, who registered what `_ledger`'s, finding and loading plugins `discovery`'s.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
 import re
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Literal, NamedTuple, TypeVar
 
-import attrs
-
+from ckptkit import _registrable as registrable
 from ckptkit import errors
+from ckptkit._ledger import Ledger, Plugin, PluginFailure, Registration, Wish, owned_by
 from ckptkit._names import imported, in_package, is_a, key_of, name_of, top_package
 from ckptkit._tables import Claim, Owner, Table
 from ckptkit.args import CheckpointArgs
@@ -26,9 +24,6 @@ from ckptkit.leaves.base import TypeHandler
 from ckptkit.location import Location, LocationPath
 from ckptkit.storage.base import StorageBackend
 
-if TYPE_CHECKING:
-    import pluggy
-
 __all__ = ["Owner", "Plugin", "PluginFailure", "Registration", "Registry", "default_registry", "owned_by"]
 
 Use = Literal["save", "restore"]
@@ -36,52 +31,8 @@ HandlerClass = type[CheckpointHandler]
 Factory = Callable[[str], Location]
 T = TypeVar("T")
 
-_ORBAX_WORDS = ("jax.Array", "np.ndarray", "scalar", "string")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+")
 _MISSING: Any = object()
-_registrant: ContextVar[Owner | None] = ContextVar("ckptkit_registrant", default=None)
-
-
-@attrs.frozen(eq=False)
-class Plugin:
-    """A loaded plugin.
-
-    Attributes:
-      owner: who brought it.
-      plugin: the module or object with its hooks.
-      host: calls them.
-    """
-
-    owner: Owner
-    plugin: object
-    host: pluggy.PluginManager = attrs.field(repr=False)
-
-
-@attrs.frozen(eq=False)
-class PluginFailure:
-    """A plugin that could not be loaded, and why; nothing of it is registered."""
-
-    owner: Owner
-    error: BaseException
-
-    def __str__(self) -> str:
-        return f"plugin {self.owner} failed to load: {type(self.error).__name__}: {self.error}"
-
-
-class Registration(NamedTuple):
-    """What a key of the registry stands for.
-
-    Attributes:
-      what: what the key is, in words, such as 'storage backend'.
-      key: a name, or the class itself where it has none that lasts.
-      value: the handler class, type handler, backend or factory.
-      owner: who registered it.
-    """
-
-    what: str
-    key: Hashable
-    value: Any
-    owner: Owner
 
 
 class _Binding(NamedTuple):
@@ -89,25 +40,6 @@ class _Binding(NamedTuple):
 
     args_class: type[CheckpointArgs]
     handler_class: HandlerClass
-
-
-class _Wish(NamedTuple):
-    """A claim to be made: of a key of a table, for a value."""
-
-    table: Table[Any]
-    key: Hashable
-    value: Any
-    override: bool = False
-
-
-@contextlib.contextmanager
-def owned_by(owner: Owner) -> Iterator[None]:
-    """What is registered inside belongs to `owner` instead of the module that defines it."""
-    token = _registrant.set(owner)
-    try:
-        yield
-    finally:
-        _registrant.reset(token)
 
 
 class Registry:
@@ -134,16 +66,8 @@ class Registry:
         self._typestrs: Table[TypeHandler[Any]] = Table("type string of a type handler", override)
         self._backends: Table[StorageBackend] = Table("storage backend", override)
         self._schemes: Table[Factory] = Table("scheme", override)
-        self._tables: tuple[Table[Any], ...] = (
-            *self._args.values(),
-            self._handlers,
-            self._leaf_types,
-            self._typestrs,
-            self._backends,
-            self._schemes,
-        )
-        self._by_type: dict[type, TypeHandler[Any] | None] = {}
-        self._lock = threading.RLock()
+        leaves = (self._leaf_types, self._typestrs)
+        self._ledger = Ledger([*self._args.values(), self._handlers, *leaves, self._backends, self._schemes])
         self._load = load
         self._loading = threading.RLock()
         self._state: Literal["empty", "loading", "loaded"] = "empty" if load else "loaded"
@@ -169,8 +93,8 @@ class Registry:
           errors.ArgsTypeError: not a subclass of CheckpointArgs, or of CheckpointHandler, or one that lacks methods.
           errors.ConflictError: the class is bound to another handler, or the type string is taken.
         """
-        _check_class(args_class, CheckpointArgs, "args class")
-        _check_handler_class(handler_class)
+        registrable.check_class(args_class, CheckpointArgs, "args class")
+        registrable.check_handler_class(handler_class)
         if not (for_save or for_restore):
             raise errors.ArgsError(
                 f"{name_of(args_class)}: for_save and for_restore are both False; say what the class is for with for_save=True, "
@@ -178,9 +102,9 @@ class Registry:
             )
         binding = _Binding(args_class, handler_class)
         tables = [self._args["save"]] * for_save + [self._args["restore"]] * for_restore
-        with self._lock:
-            wishes = [_Wish(table, key_of(args_class), binding) for table in tables]
-            self._record([*wishes, *self._typestr_wishes(handler_class)], name_of(handler_class), args_class.__module__)
+        with self._ledger.lock:
+            wishes = [Wish(table, key_of(args_class), binding) for table in tables]
+            self._ledger.record([*wishes, *self._typestr_wishes(handler_class)], name_of(handler_class), args_class.__module__)
 
     def add_handler(self, handler_class: HandlerClass) -> None:
         """Records the type strings of a handler, by which a restore finds it.
@@ -190,9 +114,9 @@ class Registry:
             classmethod that returns a str.
           errors.ConflictError: another handler has the type string.
         """
-        _check_handler_class(handler_class)
-        with self._lock:
-            self._record(self._typestr_wishes(handler_class), name_of(handler_class), handler_class.__module__)
+        registrable.check_handler_class(handler_class)
+        with self._ledger.lock:
+            self._ledger.record(self._typestr_wishes(handler_class), name_of(handler_class), handler_class.__module__)
 
     def add_type_handler(
         self,
@@ -214,17 +138,12 @@ class Registry:
           errors.ArgsTypeError: not an instance of TypeHandler, or not types.
           errors.ConflictError: another type handler has a type or a type string, and `override` is False.
         """
-        _check_instance(handler, TypeHandler, "type handler")
-        if handler.orbax_typestr not in _ORBAX_WORDS:
-            raise errors.ArgsError(
-                f"{name_of(type(handler))}.orbax_typestr is {handler.orbax_typestr!r}; expected {' or '.join(_ORBAX_WORDS)}: "
-                "Orbax refuses a whole checkpoint for any other word."
-            )
-        keys = [_type_key(leaf_type) for leaf_type in (leaf_types if isinstance(leaf_types, tuple) else (leaf_types,))]
-        typestrs = [_text(typestr, "type string") for typestr in (handler.typestr, *further_typestrs)]
-        wishes = [_Wish(self._leaf_types, key, handler, override) for key in keys]
-        wishes += [_Wish(self._typestrs, typestr, handler, override) for typestr in typestrs]
-        self._record(wishes, name_of(type(handler)), type(handler).__module__)
+        registrable.check_type_handler(handler)
+        keys = [registrable.leaf_type_key(each) for each in (leaf_types if isinstance(leaf_types, tuple) else (leaf_types,))]
+        typestrs = [registrable.text(typestr, "type string") for typestr in (handler.typestr, *further_typestrs)]
+        wishes = [Wish(self._leaf_types, key, handler, override) for key in keys]
+        wishes += [Wish(self._typestrs, typestr, handler, override) for typestr in typestrs]
+        self._ledger.record(wishes, name_of(type(handler)), type(handler).__module__)
 
     def add_storage(self, backend: StorageBackend, override: bool = False) -> None:  # noqa: FBT001, FBT002 - as add_type_handler
         """Makes a storage backend available under its name.
@@ -233,9 +152,9 @@ class Registry:
           errors.ArgsTypeError: not an instance of StorageBackend.
           errors.ConflictError: another backend has the name, and `override` is False.
         """
-        _check_instance(backend, StorageBackend, "storage backend")
-        name = _text(backend.name, "name of a storage backend")
-        self._record([_Wish(self._backends, name, backend, override)], name_of(type(backend)), type(backend).__module__)
+        registrable.check_instance(backend, StorageBackend, "storage backend")
+        name = registrable.text(backend.name, "name of a storage backend")
+        self._ledger.record([Wish(self._backends, name, backend, override)], name_of(type(backend)), type(backend).__module__)
 
     def add_scheme(
         self,
@@ -250,7 +169,7 @@ class Registry:
           errors.ArgsTypeError: the factory cannot be called.
           errors.ConflictError: another factory has the scheme, and `override` is False.
         """
-        if not _SCHEME.fullmatch(_text(scheme, "scheme")):
+        if not _SCHEME.fullmatch(registrable.text(scheme, "scheme")):
             raise errors.ArgsError(
                 f"{scheme!r} is not a scheme; expected letters, digits, '+', '.' and '-', such as 's3', and no '://'."
             )
@@ -258,52 +177,24 @@ class Registry:
             raise errors.ArgsTypeError(f"The factory of scheme {scheme!r} is {factory!r}; expected a function: url -> Location.")
         nameless = "<" in getattr(factory, "__qualname__", "<")  # a lambda, a closure or a partial object
         source = factory if nameless else name_of(factory)
-        self._record([_Wish(self._schemes, scheme.lower(), factory, override)], source, getattr(factory, "__module__", __name__))
+        self._ledger.record(
+            [Wish(self._schemes, scheme.lower(), factory, override)], source, getattr(factory, "__module__", __name__)
+        )
 
-    def _typestr_wishes(self, handler_class: HandlerClass) -> list[_Wish]:
+    def _typestr_wishes(self, handler_class: HandlerClass) -> list[Wish]:
         """One for each type string of a handler. A string that is inherited belongs to the base that it comes from."""
         wishes = []
-        for typestr in _typestrs_of(handler_class):
+        for typestr in registrable.typestrs_of(handler_class):
             holder = self._handlers.get(typestr)
             if holder is None or name_of(holder) == name_of(handler_class):
-                wishes.append(_Wish(self._handlers, typestr, handler_class))
+                wishes.append(Wish(self._handlers, typestr, handler_class))
             elif not is_a(handler_class, holder):
-                wishes.append(_Wish(self._handlers, typestr, handler_class, override=is_a(holder, handler_class)))
+                wishes.append(Wish(self._handlers, typestr, handler_class, override=is_a(holder, handler_class)))
         return wishes
 
-    def _record(self, wishes: Sequence[_Wish], source: Hashable, module: str) -> None:
-        """Makes all of the claims, or none."""
-        owner = _registrant.get() or Owner(module)
-        with self._lock:
-            plans = [wish.table.plan(wish.key, Claim(wish.value, source, owner, wish.override)) for wish in wishes]
-            for wish, claims in zip(wishes, plans, strict=True):
-                wish.table.put(wish.key, claims)
-            self._by_type = {}
-
-    @contextlib.contextmanager
-    def loading(self, owner: Owner) -> Iterator[None]:
+    def loading(self, owner: Owner) -> AbstractContextManager[None]:
         """A plugin is being loaded: what its package registers while imported is the owner's too; all is undone on an error."""
-        mark = Claim(None, None, owner).number
-
-        def imported(claim: Claim[Any], package: str) -> bool:
-            return claim.owner.distribution is None and in_package(claim.owner.module, package)
-
-        try:
-            yield
-        except BaseException:
-            package = top_package(owner.module)
-            self._withdraw(lambda claim: claim.owner == owner or (claim.number > mark and imported(claim, package)))
-            raise
-        package = top_package(owner.module)
-        with self._lock:
-            for table in self._tables:
-                table.adopt(owner, lambda claim: imported(claim, package))
-
-    def _withdraw(self, gone: Callable[[Claim[Any]], bool]) -> None:
-        with self._lock:
-            for table in self._tables:
-                table.withdraw(gone)
-            self._by_type = {}
+        return self._ledger.loading(owner)
 
     # Lookups
 
@@ -346,7 +237,7 @@ class Registry:
     def args_for(self, handler_class: HandlerClass, use: Use) -> tuple[type[CheckpointArgs], ...]:
         """The args classes that a handler takes, its own before those of the classes that it inherits from."""
         self.ensure_loaded()
-        with self._lock:
+        with self._ledger.lock:
             bindings = [binding for key in self._args[use] if (binding := self._args[use].get(key))]
         keys = [key_of(cls) for cls in handler_class.__mro__]
         return tuple(args_class for key in keys for args_class, bound in bindings if key_of(bound) == key)
@@ -388,14 +279,14 @@ class Registry:
         """
         if not isinstance(leaf_type, type):
             raise errors.ArgsTypeError(f"{leaf_type!r} is not a class; expected the type of a leaf, such as np.ndarray.")
-        handler: TypeHandler[Any] | None = self._by_type.get(leaf_type, _MISSING)
+        handler: TypeHandler[Any] | None = self._ledger.concluded.get(leaf_type, _MISSING)
         if handler is not _MISSING:
             return handler
         self.ensure_loaded()
-        with self._lock:
+        with self._ledger.lock:
             matches = (self._match(base) for base in leaf_type.__mro__)
             handler = next((claim.value for claim in matches if claim is not None), None)
-            self._by_type[leaf_type] = handler
+            self._ledger.concluded[leaf_type] = handler
             return handler
 
     def _match(self, base: type) -> Claim[TypeHandler[Any]] | None:
@@ -423,11 +314,9 @@ class Registry:
 
     def owner_of(self, thing: object) -> Owner:
         """Who registered a handler, type handler or backend; of anything else, who brought the package that its class is from."""
-        with self._lock:
-            for table in self._tables:
-                for claim in map(table.claim, table):
-                    if claim is not None and (claim.value is thing or claim.value is type(thing)):
-                        return claim.owner
+        for _, _, claim in self._ledger.claims():
+            if claim.value is thing or claim.value is type(thing):
+                return claim.owner
         module = type(thing).__module__
         owners = [plugin.owner for plugin in self.plugins]
         return next((owner for owner in owners if in_package(module, top_package(owner.module))), Owner(module))
@@ -435,12 +324,9 @@ class Registry:
     def registrations(self) -> list[Registration]:
         """Everything that can be looked up, each with its owner; not what an override covers."""
         self.ensure_loaded()
-        with self._lock:
-            claims = [(table.what, key, table.claim(key)) for table in self._tables for key in table]
-        values = [(what, key, claim) for what, key, claim in claims if claim is not None]
         return [
             Registration(what, key, claim.value.handler_class if isinstance(claim.value, _Binding) else claim.value, claim.owner)
-            for what, key, claim in values
+            for what, key, claim in self._ledger.claims()
         ]
 
     def storage(self, name: str) -> StorageBackend:
@@ -459,7 +345,7 @@ class Registry:
     def storages(self) -> tuple[StorageBackend, ...]:
         """Every storage backend, in the order of registration."""
         self.ensure_loaded()
-        with self._lock:
+        with self._ledger.lock:
             return tuple(backend for name in self._backends if (backend := self._backends.get(name)) is not None)
 
     def location(self, path_or_url: str | os.PathLike[str] | Location) -> Location:
@@ -492,7 +378,7 @@ class Registry:
 
     def _get(self, table: Table[T], key: Hashable) -> T | None:
         self.ensure_loaded()
-        with self._lock:
+        with self._ledger.lock:
             return table.get(key)
 
     def failures_note(self) -> str:
@@ -510,48 +396,6 @@ def _load_installed(registry: Registry) -> None:
 
 
 _DEFAULT = Registry(load=_load_installed)
-
-
-def _typestrs_of(handler_class: HandlerClass) -> list[str]:
-    try:
-        typestrs = [handler_class.typestr(), *handler_class.further_typestrs]
-    except TypeError as error:
-        raise errors.ArgsTypeError(f"{name_of(handler_class)}.typestr() must be a classmethod: {error}") from error
-    return [_text(typestr, f"type string of {name_of(handler_class)}") for typestr in typestrs]
-
-
-def _type_key(leaf_type: Any) -> Hashable:
-    """The key of a leaf type; of a dotted name the class that it leads to, where that is imported already."""
-    if isinstance(leaf_type, str) and "." in leaf_type:
-        known = imported(leaf_type)
-        return key_of(known) if isinstance(known, type) else leaf_type
-    if isinstance(leaf_type, type):
-        return key_of(leaf_type)
-    raise errors.ArgsTypeError(f"Leaf type {leaf_type!r}: expected a class, or a dotted name such as 'torch.Tensor'.")
-
-
-def _check_class(cls: Any, base: type, what: str) -> None:
-    if not (isinstance(cls, type) and issubclass(cls, base)):
-        raise errors.ArgsTypeError(f"{cls!r} is not a {what}: expected a subclass of {name_of(base)}.")
-
-
-def _check_handler_class(cls: Any) -> None:
-    _check_class(cls, CheckpointHandler, "handler class")
-    if missing := sorted(getattr(cls, "__abstractmethods__", ())):
-        raise errors.ArgsTypeError(f"{name_of(cls)} cannot be a handler: it lacks {', '.join(missing)}.")
-
-
-def _check_instance(thing: Any, base: type, what: str) -> None:
-    if isinstance(thing, type) and issubclass(thing, base):
-        raise errors.ArgsTypeError(f"{name_of(thing)} is a class; expected an instance: {thing.__qualname__}().")
-    if not isinstance(thing, base):
-        raise errors.ArgsTypeError(f"{thing!r} is not a {what}: expected an instance of a subclass of {name_of(base)}.")
-
-
-def _text(value: Any, what: str) -> str:
-    if not isinstance(value, str) or not value:
-        raise errors.ArgsTypeError(f"The {what} is {value!r}; expected a str that is not empty.")
-    return value
 
 
 def _checked_path(path: Any) -> str:

@@ -8,9 +8,14 @@ import pytest
 pytest_plugins = ["ckptkit.testing.fixtures"]
 
 # Saving takes milliseconds to seconds depending on the disk, so no single example is held to a deadline. The same
-# examples are drawn in every run: a failure that a change did not cause would stop that change.
-hypothesis.settings.register_profile("ckptkit", deadline=None, derandomize=True, max_examples=50)
-hypothesis.settings.load_profile("ckptkit")
+# examples are drawn in every run: a failure that a change did not cause would stop that change. None is made smaller, for which
+# the suites that are tried on what is broken would take half a minute: `pytest --hypothesis-profile=shrink` does that.
+hypothesis.settings.register_profile("shrink", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.register_profile("ckptkit", hypothesis.settings.get_profile("shrink"), phases=[hypothesis.Phase.generate])
+
+
+def pytest_configure(config):
+    hypothesis.settings.load_profile("ckptkit")  # now, so that it holds whichever suites of plugins have loaded one of their own
 
 
 @pytest.fixture

@@ -6,12 +6,12 @@ import asyncio
 import os
 import subprocess
 import sys
-import textwrap
 import threading
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import fresh
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -205,15 +205,9 @@ def test_a_directory_that_cannot_be_made_is_told_by_the_background(tmp_path: Pat
         checkpointer.close()
 
 
-def _run(code: str, *argv: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *map(str, argv)], capture_output=True, text=True, timeout=120, check=False
-    )
-
-
 @pytest.mark.parametrize("end", ["", "sys.exit(0)", "raise SystemExit(3)", "raise RuntimeError('boom')"])
 def test_the_interpreter_finishes_a_save_in_flight_before_it_exits(tmp_path: Path, end: str) -> None:
-    done = _run(
+    done = fresh.run(
         f"""
         import sys, numpy as np, jax.numpy as jnp, ckptkit
         ckptkit.StandardCheckpointer().save(sys.argv[1], {{"a": np.ones(1 << 23), "b": jnp.ones(1 << 20)}})
@@ -238,7 +232,7 @@ FULL_DISK = """
 
 
 def test_a_write_that_fails_surfaces_at_the_next_call_and_leaves_the_old_checkpoint_whole(tmp_path: Path) -> None:
-    done = _run(
+    done = fresh.run(
         FULL_DISK
         + """
     try:
@@ -255,7 +249,7 @@ def test_a_write_that_fails_surfaces_at_the_next_call_and_leaves_the_old_checkpo
 
 
 def test_a_failed_save_that_nobody_asked_about_makes_the_exit_status_1(tmp_path: Path) -> None:
-    done = _run(FULL_DISK, tmp_path / "c")
+    done = fresh.run(FULL_DISK, tmp_path / "c")
     assert done.returncode == 1
     assert "nobody" not in done.stdout
     assert "a save in the background failed" in done.stderr
@@ -266,7 +260,7 @@ def test_a_failed_save_that_nobody_asked_about_makes_the_exit_status_1(tmp_path:
 @pytest.mark.parametrize("depth", ["save", "restore"])
 def test_at_most_eight_frames_lie_above_tensorstore(tmp_path: Path, depth: str) -> None:
     """A stack trace from a failing disk is read by people."""
-    done = _run(
+    done = fresh.run(
         """
         import os, sys, threading
         import numpy as np
@@ -315,10 +309,11 @@ def test_at_most_eight_frames_lie_above_tensorstore(tmp_path: Path, depth: str) 
 
 def test_an_interrupted_save_leaves_nothing_behind(tmp_path: Path) -> None:
     """Ctrl-C at any moment, staging included: no lock, nobody who goes on writing, and the next save tidies the rest."""
-    done = _run(
+    done = fresh.run(
         """
         import os, signal, sys, threading, time, numpy as np, ckptkit
         path = sys.argv[1]
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs the tests in the background may have it ignored
         tree = {f"a{i}": np.random.default_rng(i).random(1 << 20) for i in range(12)}
         ckptkit.save(os.path.join(path, "warm"), tree)
         interrupted = 0
@@ -441,7 +436,7 @@ def test_futures_of_another_kind_are_the_handlers_fault_and_leave_nothing(
 
 
 def test_ctrl_c_inside_a_running_event_loop_leaves_nothing_behind(tmp_path: Path) -> None:
-    done = _run(
+    done = fresh.run(
         """
         import asyncio, os, signal, sys, threading, time, numpy as np, ckptkit
 

@@ -27,14 +27,17 @@ def log() -> str:
     return run("demo.py")
 
 
+@pytest.mark.slow
 def test_demo_kills_the_training_in_the_middle_of_a_save(log: str):
     assert ".orbax-checkpoint-tmp is left with" in log
 
 
+@pytest.mark.slow
 def test_demo_goes_on_from_a_whole_checkpoint(log: str):
     assert "resumed at step" in log
 
 
+@pytest.mark.slow
 def test_demo_ends_with_the_bits_of_an_undisturbed_training(log: str):
     digests = [line.split()[0] for line in log.splitlines() if ", read by " in line]
 
@@ -42,13 +45,18 @@ def test_demo_ends_with_the_bits_of_an_undisturbed_training(log: str):
     assert len(set(digests)) == 1
 
 
-def test_training_keeps_the_newest_checkpoints(tmp_path: Path):
-    run("train_digits.py", str(tmp_path), "--steps", "5", "--save-every", "1", "--keep", "1")
+def test_training_keeps_the_newest_checkpoints_and_goes_on_from_them(tmp_path: Path):
+    options = [str(tmp_path), "--save-every", "1", "--keep", "1"]
+    run("train_digits.py", *options, "--steps", "4")
 
+    log = run("train_digits.py", *options, "--steps", "5")
+
+    assert "resumed at step 4" in log
     assert "5" in os.listdir(tmp_path)
     assert len(os.listdir(tmp_path)) <= 3
 
 
+@pytest.mark.slow
 def test_training_that_is_done_trains_no_further(tmp_path: Path):
     run("train_digits.py", str(tmp_path), "--steps", "2", "--save-every", "1")
 

@@ -7,10 +7,13 @@ import contextlib
 import gc
 import io
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Orbax warns of much
 
 ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "docs" / "from-orbax.md").read_text(encoding="utf-8")
@@ -28,13 +31,19 @@ ROWS = [
 _NAMED = re.compile(r"`tests/([\w/]+\.py)::(\w+)`")
 
 
-@pytest.mark.filterwarnings("ignore")  # Orbax warns of much
+@pytest.fixture(scope="module")
+def collected() -> Iterator[None]:
+    """What Orbax leaves unawaited is collected after the last test here, where its warnings are ignored, not in another file."""
+    yield
+    gc.collect()
+
+
+@pytest.mark.usefixtures("collected")
 @pytest.mark.parametrize("title", PAIRS)
 def test_before_and_after_print_the_same(title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, after = PAIRS[title]
     assert ("orbax" in before, "orbax" in after) == (True, False)
     assert _printed(before, tmp_path / "before", monkeypatch) == _printed(after, tmp_path / "after", monkeypatch) != ""
-    gc.collect()  # what Orbax leaves unawaited, here where its warnings are ignored
 
 
 def _printed(code: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> str:

@@ -1,18 +1,15 @@
 """Packages outside the tree, built and installed with pip: what they register is there in a fresh process, unasked."""
 
-import os
 import shutil
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
+import fresh as processes
 import pytest
 
-import ckptkit
-
 PACKAGES = Path(__file__).parent / "packages"
-ROOT = Path(ckptkit.__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -22,27 +19,20 @@ def site(tmp_path_factory):
     shutil.copytree(PACKAGES, source, dirs_exist_ok=True)
     packages = [source / "acme_checkpoints", source / "broken_checkpoints"]
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-index", "--no-build-isolation"]
-    run([*pip, "--no-deps", "--target", target, *packages], os.environ)
+    subprocess.run([*pip, "--no-deps", "--target", target, *packages], check=True, timeout=240)
     return target
-
-
-def run(command, environment):
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
 
 
 @pytest.fixture
 def fresh(site, tmp_path):
     """Runs code in a process of its own, which sees the installed packages; returns what it printed, and its log."""
-    paths = [str(site), str(ROOT), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return lambda code: run(f"path = {str(tmp_path / 'checkpoint')!r}\n{textwrap.dedent(code)}", site)
 
-    def run_code(code):
-        done = run([sys.executable, "-c", f"path = {str(tmp_path / 'checkpoint')!r}\n{textwrap.dedent(code)}"], environment)
-        return done.stdout, done.stderr
 
-    return run_code
+def run(code, *paths):
+    done = processes.run(code, paths=paths)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, done.stderr
 
 
 def test_args_and_handler_of_a_package_save_here_and_restore_in_a_fresh_process(fresh):
@@ -90,7 +80,7 @@ def test_a_leaf_type_of_a_package_comes_back_in_a_fresh_process(fresh):
 def restored_without(path):
     """The error of a restore in a process that does not see the packages."""
     code = f"import ckptkit\ntry: ckptkit.restore({str(path)!r})\nexcept ckptkit.errors.RegistryError as error: print(error)"
-    return run([sys.executable, "-c", code], {**os.environ, "PYTHONPATH": str(ROOT)}).stdout
+    return run(code)[0]
 
 
 def test_who_provides_the_leaf_type_is_in_the_checkpoint(fresh, tmp_path):

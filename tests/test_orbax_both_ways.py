@@ -46,28 +46,43 @@ def _has_empty_array(tree: Any) -> bool:
     return any(getattr(leaf, "size", 1) == 0 for leaf in jax.tree.leaves(tree))
 
 
-@given(tree=strategies.trees())
-@settings(max_examples=60)
-def test_orbax_restores_what_ckptkit_saved(folder: Path, tree: Any) -> None:
-    path = _saved(ckptkit, folder, tree)
-    assert_same(_restored(ocp, path, abstract(tree)), tree)
-    assert_same(_restored(ocp, path), _restored(ckptkit, path))
+COUNTS = pytest.mark.parametrize("count", [15, pytest.param(60, marks=pytest.mark.slow)])
 
 
-@given(tree=strategies.trees().filter(lambda tree: not _has_empty_array(tree)))
-@settings(max_examples=60)
-def test_ckptkit_restores_what_orbax_saved(folder: Path, tree: Any) -> None:
-    path = _saved(ocp, folder, tree)
-    assert_same(_restored(ckptkit, path, abstract(tree)), tree)
-    assert_same(_restored(ckptkit, path), _restored(ocp, path))
+@COUNTS
+def test_orbax_restores_what_ckptkit_saved(folder: Path, count: int) -> None:
+    @given(tree=strategies.trees())
+    @settings(max_examples=count)
+    def examples(tree: Any) -> None:
+        path = _saved(ckptkit, folder, tree)
+        assert_same(_restored(ocp, path, abstract(tree)), tree)
+        assert_same(_restored(ocp, path), _restored(ckptkit, path))
+
+    examples()
 
 
-@given(tree=strategies.trees())
-@settings(max_examples=60)
-def test_ckptkit_restores_what_ckptkit_saved(folder: Path, tree: Any) -> None:
-    path = _saved(ckptkit, folder, tree)
-    assert_same(_restored(ckptkit, path, abstract(tree)), tree)
-    assert_same(_restored(ckptkit, path, tree), tree)
+@COUNTS
+def test_ckptkit_restores_what_orbax_saved(folder: Path, count: int) -> None:
+    @given(tree=strategies.trees().filter(lambda tree: not _has_empty_array(tree)))
+    @settings(max_examples=count)
+    def examples(tree: Any) -> None:
+        path = _saved(ocp, folder, tree)
+        assert_same(_restored(ckptkit, path, abstract(tree)), tree)
+        assert_same(_restored(ckptkit, path), _restored(ocp, path))
+
+    examples()
+
+
+@COUNTS
+def test_ckptkit_restores_what_ckptkit_saved(folder: Path, count: int) -> None:
+    @given(tree=strategies.trees())
+    @settings(max_examples=count)
+    def examples(tree: Any) -> None:
+        path = _saved(ckptkit, folder, tree)
+        assert_same(_restored(ckptkit, path, abstract(tree)), tree)
+        assert_same(_restored(ckptkit, path, tree), tree)
+
+    examples()
 
 
 def _train_state() -> TrainState:

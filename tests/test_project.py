@@ -9,6 +9,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 CONFIG = tomllib.loads(PYPROJECT)
@@ -41,6 +43,7 @@ def test_every_module_has_a_layer():
     assert lost == [], "write them into the contract 'layers' of pyproject.toml, beside their peers"
 
 
+@pytest.mark.slow  # `make lint` looks at them too
 def test_public_names_have_the_types_that_callers_rely_on():
     run(sys.executable, "-m", "mypy", "tests/typing")
 
@@ -69,7 +72,7 @@ def test_package_ships_its_types():
 def test_import_adds_little_to_that_of_jax():
     code = "import time, jax; start = time.perf_counter(); import ckptkit; print(time.perf_counter() - start)"
 
-    secs = statistics.median(float(python(code)) for _ in range(5))
+    secs = statistics.median(float(python(code)) for _ in range(3))
 
     print(f"import ckptkit: {secs * 1e3:.1f} ms after jax")
     assert secs < 0.1

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -21,10 +20,9 @@ BLOCKS = {
 
 @pytest.mark.parametrize("title", BLOCKS)
 def test_block_prints_what_it_says(title: str, tmp_path: Path):
-    (tmp_path / "block.py").write_text(BLOCKS[title], encoding="utf-8")
     expected = re.findall(r"^ *print\(.*\)  # (.*)$", BLOCKS[title], re.MULTILINE)
 
-    done = subprocess.run([sys.executable, "block.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    done = fresh.run(BLOCKS[title], cwd=tmp_path)
 
     assert done.stdout.splitlines() == expected, done.stderr
 

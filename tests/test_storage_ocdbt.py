@@ -7,12 +7,12 @@ import gc
 import json
 import os
 import shutil
-import subprocess
 import sys
 import textwrap
 import threading
 import weakref
 
+import fresh
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -624,9 +624,9 @@ def run_limited(tmp_path, body):
         writer = OcdbtBackend().writer(FileLocation({str(tmp_path / "database")!r}), specs, StorageOptions(), Job())
         chunks = [Chunk(spec, ((0, spec.shape[0]),), np.ones(spec.shape, "u1")) for spec in specs]
     """
-    script = textwrap.dedent(program) + textwrap.dedent(body)
-    command = [sys.executable, "-c", script, *["900000"] * 50]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    done = fresh.run(textwrap.dedent(program) + textwrap.dedent(body), *["900000"] * 50)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_a_full_disk_surfaces_with_its_number(tmp_path):

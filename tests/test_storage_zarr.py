@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -169,6 +169,7 @@ def test_thousands_of_small_arrays_are_written_and_read_in_batches(location, mon
 
 
 @given(tree=trees(), use_zarr3=st.booleans())
+@settings(max_examples=20)
 def test_trees_round_trip_with_their_checksums(tmp_path_factory, tree, use_zarr3):
     path = tmp_path_factory.mktemp("tree") / "step"
     handler = ckptkit.StandardCheckpointHandler(use_ocdbt=False, use_zarr3=use_zarr3)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fresh
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -444,7 +445,7 @@ def test_the_command_line_runs_as_a_module_and_touches_no_device(tmp_path: Path)
         "import sys; from ckptkit.cli import main; status = main(['verify', sys.argv[1]]); import jax;"
         "print(jax._src.xla_bridge.backends_are_initialized()); sys.exit(status)"
     )
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "c"], capture_output=True, text=True, timeout=60, check=False)
+    done = fresh.run(code, tmp_path / "c")
     assert (done.returncode, done.stdout.splitlines()[-1], done.stderr) == (0, "False", "")
     command = [sys.executable, "-m", "ckptkit", "clean", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)

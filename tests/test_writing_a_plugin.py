@@ -37,6 +37,7 @@ def followed(tmp_path):
     return project, {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
 
 
+@pytest.mark.slow  # the same files are the example's, whose suites are quick
 def test_the_tutorial_ends_with_passing_suites(followed, tmp_path):
     project, environment = followed
     printed = _run([sys.executable, "-m", "pytest", "-q", f"--basetemp={tmp_path / 'tests'}"], project, environment)

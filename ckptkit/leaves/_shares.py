@@ -17,7 +17,7 @@ from ckptkit.grid import ArraySpec, Index, chunk_indices
 from ckptkit.leaves.base import Problem
 from ckptkit.processes import Job
 
-__all__ = ["Shares", "holders", "holding_processes"]
+__all__ = ["Shares", "bounds", "holders", "holding_processes", "local_bounds"]
 
 _HOST_LOCAL = Problem(
     "the array lies on devices of this process alone, and each process has one of its own. To save one for all, pass "
@@ -26,14 +26,24 @@ _HOST_LOCAL = Problem(
 )
 
 
+def bounds(slices: Sequence[slice[Any, Any, Any]] | None, shape: Sequence[int]) -> Index:
+    """The part of an array that jax says in slices."""
+    return tuple([s.indices(n)[:2] for s, n in zip(slices or (), shape, strict=True)])
+
+
+@functools.lru_cache(maxsize=256)
+def local_bounds(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> Mapping[Any, Index]:
+    """The part of an array that each device of this process holds."""
+    return {device: bounds(slices, shape) for device, slices in sharding.addressable_devices_indices_map(shape).items()}
+
+
 @functools.lru_cache(maxsize=256)
 def holders(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> Mapping[Index, tuple[int, ...]]:
     """For each part of an array that a device holds, the processes that have such a device, in ascending order."""
     found: dict[Index, set[int]] = {}
     devices: Mapping[Any, Any] = sharding.devices_indices_map(shape)
     for device, slices in devices.items():
-        part = tuple([s.indices(n)[:2] for s, n in zip(slices or (), shape, strict=True)])
-        found.setdefault(part, set()).add(device.process_index)
+        found.setdefault(bounds(slices, shape), set()).add(device.process_index)
     return {part: tuple(sorted(processes)) for part, processes in sorted(found.items())}
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import subprocess
-import sys
 
+import fresh
 import pytest
 from sandbox import files_of, read, write
 
@@ -88,7 +87,7 @@ def test_nothing_that_a_checkpoint_names_is_imported(database, tmp_path):
     script = "import sys, ckptkit\ntry: ckptkit.restore(sys.argv[1])\nexcept ckptkit.errors.CheckpointError: pass\n"
     script += "try: ckptkit.Checkpointer().metadata(sys.argv[1])\nexcept ckptkit.errors.CheckpointError: pass\n"
     script += "assert 'planted' not in sys.modules"
-    subprocess.run([sys.executable, "-c", script, database], cwd=tmp_path, check=True, timeout=120)
+    assert fresh.run(script, database, cwd=tmp_path).returncode == 0
 
 
 @pytest.mark.parametrize("name", ["__import__('os').system('x')", "a b", "class", "_x", "x\ny", "1", "\0"])

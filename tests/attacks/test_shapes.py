@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
@@ -58,15 +59,16 @@ def lies(document):
         yield from (document | {key: other} for other in VALUES)
 
 
+@pytest.mark.parametrize("stride", [4, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("use_zarr3", "file"), [(False, "a/.zarray"), (True, "a/zarr.json")])
-def test_no_lie_in_the_document_of_an_array_is_believed(tmp_path, use_zarr3, file):
+def test_no_lie_in_the_document_of_an_array_is_believed(tmp_path, use_zarr3, file, stride):
     handler = PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=use_zarr3)
     ckptkit.Checkpointer(handler).save(tmp_path / "c", args.PyTreeSave({"a": np.arange(1000, dtype="f4")}))
     document = json.loads(read(tmp_path / "c", file))
     unlisted(tmp_path / "c")
-    damages = [Damage(file, json.dumps(lie).encode()) for lie in lies(document)]
+    damages = [Damage(file, json.dumps(lie).encode()) for lie in itertools.islice(lies(document), 0, None, stride)]
     outcomes = open_damaged(tmp_path / "c", damages)
     bad = [(d.data, o) for d, o in zip(damages, outcomes, strict=True) if o.kind in ("foreign", "crash", "hang")]
     assert not bad, bad[:3]
-    assert len(damages) > 200
+    assert len(damages) * stride > 200
     assert max(outcome.peak_nbytes for outcome in outcomes) < 256 << 20

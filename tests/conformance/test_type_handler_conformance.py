@@ -30,6 +30,7 @@ def shardings(shape):
 
 class TestJaxArray(TypeHandlerTests):
     leaf_types = jax.Array
+    many = 2_000
 
     @pytest.fixture
     def handler(self):
@@ -50,6 +51,11 @@ class TestJaxArray(TypeHandlerTests):
     def targets(self, leaf):
         moved = [jax.device_put(leaf, sharding) for sharding in shardings(leaf.shape)]
         return [(leaf, leaf), (np.asarray(leaf), np.asarray(leaf)), *((abstract(array), array) for array in moved)]
+
+
+@pytest.mark.slow
+class TestManyJaxArrays(TestJaxArray):
+    many = 10_000
 
 
 class TestTypedKeys(TypeHandlerTests):

@@ -52,7 +52,13 @@ def start(tmp_path: Path) -> Start:
 
 
 # "" is everything, "." the directory above, whose sync comes after the exchange, which is undone then.
-@pytest.mark.parametrize("name", ["", f"{TEMPORARY}/_METADATA", f"{TEMPORARY}/d", TEMPORARY, "."])
+NAMES = [
+    *("", "."),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in (f"{TEMPORARY}/_METADATA", f"{TEMPORARY}/d", TEMPORARY)),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_sync_that_fails_is_reported_and_the_old_checkpoint_is_whole(start: Start, tmp_path: Path, name: str) -> None:
     above = tmp_path / "there"
     only = ["-P", str(above / name)] if name else []
@@ -93,7 +99,7 @@ def _calls(log: Path) -> Iterator[tuple[str, str]]:
             yield call, begun.pop(thread, "") + arguments
 
 
-@pytest.mark.parametrize("storage", ["ocdbt", "zarr"])
+@pytest.mark.parametrize("storage", ["ocdbt", pytest.param("zarr", marks=pytest.mark.slow)])
 def test_everything_is_synced_before_the_exchange_the_directory_above_after_it_and_then_the_old_is_deleted(
     start: Start, tmp_path: Path, storage: str
 ) -> None:

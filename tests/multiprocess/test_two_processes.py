@@ -25,7 +25,6 @@ SCENARIOS = [
     "taken",
     "unshared",
     "local_each",
-    "missing_call",
     "one_writer",
     "other_items",
     "skipped_save",
@@ -154,8 +153,9 @@ def test_each_process_may_save_its_own(found):
     assert values(found, "local_each") == [[0, 0, 0], [1, 1, 1]]
 
 
-def test_a_process_that_does_not_call_save_is_named_and_may_come_back(found):
-    primary = values(found, "missing_call")[0]
+@pytest.mark.slow  # its patience; what the primary leaves out, below, takes less
+def test_a_process_that_does_not_call_save_is_named_and_may_come_back(tmp_path):
+    primary = values(play(tmp_path, 2, ["round_trip", "missing_call"]), "missing_call")[0]
     assert primary["error"] == "TimeoutError"
     assert "process 1 of 2 did not come" in primary["message"]
     assert primary["secs"] < 5
