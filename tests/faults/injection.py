@@ -173,7 +173,9 @@ class RecordedDisk:
         assert self._process.stdout is not None
         if not self._process.stdout.readline():
             _, printed = self._process.communicate(timeout=60)
-            pytest.skip(f"FUSE cannot be mounted here: {printed.splitlines()[-1]}")
+            reason = printed.splitlines()[-1]
+            assert reason.startswith(("FileNotFoundError", "OSError", "PermissionError")), printed
+            pytest.skip(f"FUSE cannot be mounted here: {reason}")
 
     def behave(self, **fields: Any) -> None:
         """From now on it answers as the fields of `Behaviour` say, and counts calls from 1."""

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from faults import fail_at
+from failures import fail_at
 from jax.sharding import NamedSharding, PartitionSpec
 
 import ckptkit
