@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ckptkit._gc import paused_gc
@@ -38,18 +38,19 @@ def documents(
     plan: SavePlan, checksums: Mapping[str, list[str]], custom_metadata: Any, registry: Registry, *, rich: bool
 ) -> Iterator[tuple[str, bytes]]:
     """The name and the bytes of each, one at a time, since together they outweigh many small leaves; `_METADATA` is last."""
-    with paused_gc():
-        kinds = list(_kinds(plan))
-        yield INDEX_FILE, encode_index(_index(kinds, checksums, plan.backend, registry))
-        shardings = {name: spec.sharding for names, _, spec in kinds if spec.sharding is not None for name in names}
-        yield sharding_documents.SHARDING_FILE, sharding_documents.encode_file(shardings)
-        described = [(names, _array_record(spec)) for names, word, spec in kinds if word == "jax.Array"]
-        if records := {name: record for names, record in described for name in names}:
-            yield array_documents.arrays_file(0), array_documents.encode_arrays(records)
-        if strings := {name: spec.inline for names, word, spec in kinds if word == "string" for name in names}:
-            yield array_documents.STRINGS_FILE, array_documents.encode_strings(strings)
-        del shardings, records, strings
-        yield TREE_FILE, encode_tree(_tree(plan, custom_metadata, rich=rich))
+    kinds = list(_kinds(plan))
+    makers: dict[str, Callable[[], bytes]] = {
+        INDEX_FILE: lambda: encode_index(_index(kinds, checksums, plan.backend, registry)),
+        sharding_documents.SHARDING_FILE: lambda: _shardings(kinds),
+        array_documents.arrays_file(0): lambda: _records(kinds),
+        array_documents.STRINGS_FILE: lambda: _strings(kinds),
+        TREE_FILE: lambda: encode_tree(_tree(plan, custom_metadata, rich=rich)),
+    }
+    for name, make in makers.items():
+        with paused_gc():  # but not while the caller writes
+            data = make()
+        if data:
+            yield name, data
 
 
 def _kinds(plan: SavePlan) -> Iterator[_Kind]:
@@ -78,6 +79,23 @@ def _index(
         extras={name: dict(spec.extra) for name, spec in foreign},
         arrays=arrays,
     )
+
+
+def _shardings(kinds: Sequence[_Kind]) -> bytes:
+    return sharding_documents.encode_file(
+        {name: spec.sharding for names, _, spec in kinds if spec.sharding is not None for name in names}
+    )
+
+
+def _records(kinds: Sequence[_Kind]) -> bytes:
+    described = [(names, _array_record(spec)) for names, word, spec in kinds if word == "jax.Array"]
+    records = {name: record for names, record in described for name in names}
+    return array_documents.encode_arrays(records) if records else b""
+
+
+def _strings(kinds: Sequence[_Kind]) -> bytes:
+    strings = {name: spec.inline for names, word, spec in kinds if word == "string" for name in names}
+    return array_documents.encode_strings(strings) if strings else b""
 
 
 def _tree(plan: SavePlan, custom_metadata: Any, *, rich: bool) -> TreeDocument:
