@@ -246,8 +246,9 @@ def chunks(
     """What `TypeHandler.stage` returned for cells, as a backend takes it."""
     answers = Answers(registry, handler, "stage")
     made = []
+    shapes = {id(cell): index_shape(cell) for cell in {id(cell): cell for _, cell in cells}.values()}  # which leaves share
     for (array, cell), data in zip(cells, answers.each(staged, len(cells), "cell", (np.ndarray,)), strict=True):
-        if data.dtype != array.dtype or data.shape != index_shape(cell) or not data.flags.c_contiguous:
+        if data.dtype != array.dtype or data.shape != shapes[id(cell)] or not data.flags.c_contiguous:
             contiguous = "" if data.flags.c_contiguous else "not C-contiguous "
             raise answers.mistake(
                 f"returned a {contiguous}{data.dtype} array of shape {data.shape} for {array.name!r}; expected a C-contiguous "
