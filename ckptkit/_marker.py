@@ -164,6 +164,10 @@ class Pending:
             "to it."
         )
 
+    def overtaken(self) -> errors.CheckpointError | None:
+        """The error where another save was committed meanwhile, which deletes what this one has written; else None."""
+        return None if _committed(self._place) == self._replaced else self._lost()
+
     def abandon(self) -> None:
         """Removes what was written; never raises, since it runs where something else went wrong."""
         if self._readable:

@@ -22,7 +22,7 @@ class Workers:
     """
 
     def __init__(self, count: int, name: str) -> None:
-        """At most `count` threads; with 0 a call has ended when `submit` returns."""
+        """At most `count` threads; with 0 a call has ended when `submit` returns, and one thread alone may call that."""
         self._count = count
         self._name = name
         self._threads: list[threading.Thread] = []

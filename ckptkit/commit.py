@@ -260,8 +260,9 @@ class Pending:
             sync(os.path.dirname(self.path))
         except BaseException:
             with contextlib.suppress(OSError):
-                os.rename(self.path, new)
-                sync(os.path.dirname(self.path))
+                if self._lock.is_at(self.path):  # and not another save's, which replaced it meanwhile
+                    os.rename(self.path, new)
+                    sync(os.path.dirname(self.path))
             raise
 
     def _replace(self) -> None:
@@ -286,6 +287,10 @@ class Pending:
         finally:
             if old is not None:
                 old.close()
+
+    def overtaken(self) -> errors.CheckpointError | None:
+        """The error for whom another save has made unneeded; None here, where a lock keeps the other one waiting."""
+        return None
 
     def abandon(self) -> None:
         """Removes what was written; never raises, since it runs where something else went wrong."""

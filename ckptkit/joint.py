@@ -68,6 +68,9 @@ class Following:
     def commit(self) -> None:
         """Nothing: the primary does it."""
 
+    def overtaken(self) -> None:
+        """Nothing: the primary tells."""
+
     def abandon(self) -> None:
         """Nothing: the primary removes what was written."""
 

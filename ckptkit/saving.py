@@ -174,7 +174,12 @@ class Saving:
         step = attrs.evolve(self._step, commit_timestamp_nsecs=time.time_ns())
         described = encode_step(step)
         # The list before `_CHECKPOINT_METADATA`, which Orbax writes first: `commit.clean` tells the two's leftovers apart.
-        write_file_list(temporary, self._tracker.covered, self._tracker.heads, {STEP_FILE: described}, self._step.providers)
+        try:
+            write_file_list(temporary, self._tracker.covered, self._tracker.heads, {STEP_FILE: described}, self._step.providers)
+        except errors.NotFoundError as error:
+            if (overtaken := pending.overtaken()) is not None:
+                raise overtaken from error
+            raise
         temporary.write_bytes(STEP_FILE, described)
         pending.commit()
 

@@ -60,11 +60,13 @@ class Structure:
       treedef: jax's own description; puts leaves back together.
       keys: per leaf, its keys, outermost first.
       names: per leaf, the names of its keys joined with '.', as Orbax names what it stores.
+      has_empty_nodes: whether some of the leaves are none to jax.
     """
 
     treedef: Any
     keys: Sequence[tuple[Key, ...]]
     names: Sequence[str]
+    has_empty_nodes: bool
 
     @functools.cached_property
     def paths(self) -> Sequence[tuple[str, ...]]:
@@ -95,12 +97,9 @@ def flatten(tree: Any) -> tuple[list[Any], Structure]:
         raise
     except Exception:  # noqa: BLE001 - the auxiliary data of a foreign node may refuse to be hashed or compared, in any way
         structure = _structure(tree, treedef)
-    if len(leaves) != len(structure.names):
+    if structure.has_empty_nodes:
         leaves, _ = _flatten(tree, is_empty_node)
-    if len(leaves) != len(structure.names):
-        raise errors.TreeError(
-            f"The tree has {len(leaves)} leaves to jax, and then {len(structure.names)}: a node of it changes."
-        )
+    _check_count(len(leaves), len(structure.names))
     return leaves, structure
 
 
@@ -117,11 +116,14 @@ def _structure(tree: Any, treedef: Any) -> Structure:
     keys: list[tuple[Key, ...]] = []
     names: list[str] = []
     leaf_kinds: set[type] = set()
+    empty = 0
 
     def is_leaf(node: Any) -> bool:
         if jax.tree_util.all_leaves([node]):
             leaf_kinds.add(type(node))
             return True
+        nonlocal empty
+        empty += is_empty_node(node)
         return is_empty_node(node)
 
     def walk(node: Any, path: tuple[Key, ...], prefix: str) -> None:
@@ -134,15 +136,26 @@ def _structure(tree: Any, treedef: Any) -> Structure:
 
     try:
         if is_leaf(tree):
-            return Structure(_flatten(tree, is_empty_node)[1], [()], [""])
-        walk(tree, (), "")
+            keys, names = [()], [""]
+        else:
+            walk(tree, (), "")
     except errors.TreeError:
         raise
     except Exception as error:
         raise _not_flattened(error) from error
-    if len(names) != treedef.num_leaves:
+    _check_count(treedef.num_leaves + empty, len(names))
+    if empty:
         _, treedef = _flatten(tree, is_empty_node)
-    return Structure(treedef, keys, names)
+        _check_count(treedef.num_leaves, len(names))
+    return Structure(treedef, keys, names, empty > 0)
+
+
+def _check_count(first: int, second: int) -> None:
+    """For a walk of the tree and then another, each of which counted its leaves."""
+    if first != second:
+        raise errors.TreeError(
+            f"The tree has {first} leaves at first, and then {second}: a node of it changes, or says that it is empty and is not."
+        )
 
 
 def _children(node: Any) -> Iterable[tuple[Key, Any]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -140,3 +142,20 @@ def test_names_never_lead_outside_the_directory(tmp_path: Path, name: str) -> No
         with pytest.raises((errors.FormatError, errors.NotFoundError)):
             use(name)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_rename_that_is_not_durable_is_undone_unless_another_save_has_replaced_it(tmp_path: Path, monkeypatch: Any) -> None:
+    path, first = tmp_path / "c", _begin(tmp_path / "c")
+
+    def overtaken(_: str) -> None:
+        monkeypatch.undo()
+        second = _begin(path, force=True)
+        second.temporary.write_bytes("second", b"")
+        second.commit()
+        raise OSError(errno.EIO, "I/O error")
+
+    monkeypatch.setattr(commit, "sync", overtaken)
+    with pytest.raises(errors.StorageError):
+        first.commit()
+    first.abandon()
+    assert (path / "second").exists()

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 
 import ckptkit
-from ckptkit import args, commit, errors
+from ckptkit import args, commit, errors, saving
 from ckptkit.location import LocationPath
 from ckptkit.testing import assert_same, strategies
 
@@ -431,3 +431,18 @@ def test_a_place_of_another_kind_is_refused(tmp_path):
 
     with pytest.raises(errors.ArgsError, match="MarkerLocation"):
         commit.begin(ReadOnly(tmp_path), force=False, mode=None)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_who_finds_its_files_gone_since_another_save_was_committed_is_told_of_that(url, force, monkeypatch):
+    listed = saving.write_file_list
+
+    def overtaken(*what):
+        monkeypatch.setattr(saving, "write_file_list", listed)
+        save(url, {"a": 1}, force=force)
+        raise errors.NotFoundError(2, "gone", url)  # as where the other one deletes between a look and the next
+
+    monkeypatch.setattr(saving, "write_file_list", overtaken)
+    with pytest.raises(errors.BusyError if force else errors.ExistsError):
+        save(url, {"a": 2}, force=force)
+    assert ckptkit.restore(url) == {"a": 1}

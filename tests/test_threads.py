@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import Future
 
 import pytest
@@ -47,7 +48,6 @@ def test_they_take_calls_while_the_interpreter_exits() -> None:
     code = """
 import threading, time
 from ckptkit._threads import Workers
-from ckptkit.storage import Pending
 
 def late():
     threading.main_thread().join()
@@ -87,7 +87,6 @@ def test_workers_that_outlive_the_modules_that_they_use_end_silently():
     code = """
 import os
 from ckptkit._threads import Workers
-from ckptkit.storage import Pending
 
 os.kept = Workers(2, "kept")  # until the modules that were imported after this one have lost their names
 os.kept.submit(int).result()
@@ -111,3 +110,16 @@ def test_pending_keeps_what_failed_first_and_forgets_the_rest():
         pending.wait()
     assert not pending._parts
     Pending().wait()
+
+
+def test_pending_raises_what_failed_just_now_before_its_callbacks_have_run():
+    pending, part = Pending(), Future()
+    part.add_done_callback(lambda _: time.sleep(0.3))  # runs before that of `pending`
+    pending.add([part])
+    failing = threading.Thread(target=part.set_exception, args=[OSError("just now")])
+    failing.start()
+    while not part.done():
+        time.sleep(0.01)
+    with pytest.raises(OSError, match="just now"):
+        pending.wait()
+    failing.join()

@@ -6,6 +6,7 @@ A process hands on its checksums in a file beside the data, since those of many 
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Final
@@ -58,22 +59,23 @@ def joined(
             meeting.gather(point)
             return None
         with Workers(_REMOTE_READERS if location.local_path is None else 0, "ckptkit-checksums") as readers:
-            parts: list[Future[dict[str, Any]]] = []
-            covered = _merged(plan, location, _written(meeting, point, location, readers, parts))
-            for part in parts:
-                _learn(part.result(), checksums, location)
+            parts: deque[Future[dict[str, Any]]] = deque()
+
+            def learn(*, all_of_them: bool) -> None:
+                while parts and (all_of_them or parts[0].done()):  # and forget, since they are as large as the index
+                    _learn(parts.popleft().result(), checksums, location)
+
+            def written() -> Iterator[int]:
+                for process, _ in meeting.arrivals(point):
+                    if process != meeting.job.process_index:
+                        parts.append(readers.submit(_taken, location, _part_file(process)))
+                        learn(all_of_them=False)
+                    yield process
+
+            covered = _merged(plan, location, written())
+            learn(all_of_them=True)
         tracker.covered.update(f"{location.url}/{path}" for path in covered)
     return {name: sums.texts() for name, sums in checksums.items()}
-
-
-def _written(
-    meeting: Meeting, point: str, location: Location, readers: Workers, parts: list[Future[dict[str, Any]]]
-) -> Iterator[int]:
-    """Each process once it has written; what it has handed on joins the `parts`."""
-    for process, _ in meeting.arrivals(point):
-        if process != meeting.job.process_index:
-            parts.append(readers.submit(_taken, location, _part_file(process)))
-        yield process
 
 
 def _merged(plan: SavePlan, location: Location, processes: Iterator[int]) -> Sequence[str]:

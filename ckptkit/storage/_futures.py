@@ -77,8 +77,10 @@ class Pending:
 
     def wait(self) -> None:
         """Waits until everything is done; raises what failed first."""
-        joined(list(self._parts)).exception()
+        whole = joined(list(self._parts))
+        whole.exception()
         self.raise_failed()
+        whole.result()  # what failed just now is done before its callbacks have run, and so before anything is kept of it
 
     def _end(self, part: Future[None]) -> None:
         if self._failed is None and (part.cancelled() or part.exception() is not None):

@@ -175,7 +175,7 @@ def _extent(reference: str) -> Extent:
     return Extent(_path(file), int(offset), int(nbytes))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=8)
 def _path(file: str) -> str:
     """The path in `kind:base:path`; the values of a database lie in few files."""
     _, base, path = file.split(":")

@@ -135,7 +135,7 @@ def _load(text: bytes, where: str) -> Any:
         document = orjson.loads(text)
         if orjson.dumps(document) != text.rstrip(b" "):  # not written in the one way that leaves nothing open
             document = json.loads(text.decode(), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
+    except (TypeError, ValueError, RecursionError) as error:  # the first where it is nested deeper than orjson writes
         raise errors.FormatError(f"{where}: not a safetensors file: the header is no JSON ({error}).") from error
     return document
 

@@ -65,6 +65,7 @@ HOSTILE = {
     "two arrays in one place": content({"a": GOOD, "b": GOOD}),
     "arrays that overlap": content({"a": GOOD, "b": {**GOOD, "data_offsets": [1, 3]}}, b"abc"),
     "a gap": content({"a": GOOD, "b": {**GOOD, "data_offsets": [3, 5]}}, b"abcde"),
+    "an entry nested deeper than most parsers go": content({"a": {**GOOD, "more": json.loads("[" * 300 + "]" * 300)}}),
     "metadata that is a list": content({"__metadata__": [], "a": GOOD}),
     "metadata of numbers": content({"__metadata__": {"a": 1}, "a": GOOD}),
     "chunks of no array": content({"__metadata__": {CHUNKS: '{"b": [1]}'}, "a": GOOD}),
