@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import attrs
@@ -113,41 +113,57 @@ def _flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[l
 
 def _structure(tree: Any, treedef: Any) -> Structure:
     """By walking the tree: jax's own function for paths makes several objects for every leaf."""
-    keys: list[tuple[Key, ...]] = []
-    names: list[str] = []
-    leaf_kinds: set[type] = set()
-    empty = 0
-
-    def is_leaf(node: Any) -> bool:
-        if jax.tree_util.all_leaves([node]):
-            leaf_kinds.add(type(node))
-            return True
-        nonlocal empty
-        empty += is_empty_node(node)
-        return is_empty_node(node)
-
-    def walk(node: Any, path: tuple[Key, ...], prefix: str) -> None:
-        for key, child in _children(node):
-            if type(child) in leaf_kinds or is_leaf(child):
-                keys.append((*path, key))
-                names.append(prefix + key.name)
-            else:
-                walk(child, (*path, key), f"{prefix}{key.name}.")
-
+    walk = _Walk()
     try:
-        if is_leaf(tree):
-            keys, names = [()], [""]
-        else:
-            walk(tree, (), "")
+        walk.start(tree)
     except errors.TreeError:
         raise
     except Exception as error:
         raise _not_flattened(error) from error
-    _check_count(treedef.num_leaves + empty, len(names))
-    if empty:
+    _check_count(treedef.num_leaves + walk.empty, len(walk.names))
+    if walk.empty:
         _, treedef = _flatten(tree, is_empty_node)
-        _check_count(treedef.num_leaves, len(names))
-    return Structure(treedef, keys, names, empty > 0)
+        _check_count(treedef.num_leaves, len(walk.names))
+    return Structure(treedef, walk.keys, walk.names, walk.empty > 0)
+
+
+class _Walk:
+    """The keys and names of the leaves, empty nodes among them, and how many of those there are."""
+
+    def __init__(self) -> None:
+        self.keys: list[tuple[Key, ...]] = []
+        self.names: list[str] = []
+        self.empty = 0
+        self._leaf_kinds: set[type] = set()
+
+    def start(self, tree: Any) -> None:
+        if self._is_leaf(tree):
+            self.keys, self.names = [()], [""]
+        else:
+            self._below(tree, (), "")
+
+    def _below(self, node: Any, path: tuple[Key, ...], prefix: str) -> None:
+        children = _children(node)
+        if self._leaf_kinds.issuperset([type(child) for _, child in children]):  # as for most nodes
+            self.keys.extend([(*path, key) for key, _ in children])
+            self.names.extend([prefix + key.name for key, _ in children])
+            return
+        for key, child in children:
+            if self._is_leaf(child):
+                self.keys.append((*path, key))
+                self.names.append(prefix + key.name)
+            else:
+                self._below(child, (*path, key), f"{prefix}{key.name}.")
+
+    def _is_leaf(self, node: Any) -> bool:
+        if type(node) in self._leaf_kinds:
+            return True
+        if jax.tree_util.all_leaves([node]):
+            self._leaf_kinds.add(type(node))
+            return True
+        is_empty = is_empty_node(node)
+        self.empty += is_empty
+        return is_empty
 
 
 def _check_count(first: int, second: int) -> None:
@@ -158,19 +174,15 @@ def _check_count(first: int, second: int) -> None:
         )
 
 
-def _children(node: Any) -> Iterable[tuple[Key, Any]]:
+def _children(node: Any) -> list[tuple[Key, Any]]:
     """The keys of a node, and what is there, in jax's order."""
     kind = type(node)
     if kind is dict:
-        return [(_dict_key(key), node[key]) for key in sorted(node)]
+        return [(_text_key(key) if type(key) is str else Key(str(key), DICT), node[key]) for key in sorted(node)]
     if kind is list or kind is tuple:
         return [(Key(str(i), SEQUENCE), child) for i, child in enumerate(node)]
     children, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda part: part is not node)
     return [(key_of(path[0]), child) for path, child in children]
-
-
-def _dict_key(key: Any) -> Key:
-    return _text_key(key) if type(key) is str else Key(str(key), DICT)
 
 
 @functools.lru_cache(maxsize=4096)

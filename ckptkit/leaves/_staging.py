@@ -15,29 +15,36 @@ from ckptkit.leaves._keys import raw
 from ckptkit.leaves._shares import local_bounds
 from ckptkit.leaves.base import LeafSpec
 
-__all__ = ["has_pinned_host", "in_pinned_host", "staged", "start_transfers", "stored_array"]
+__all__ = ["has_pinned_host", "in_pinned_host", "staged", "stored_array"]
 
 _PINNED_HOST = "pinned_host"
 
 
-def start_transfers(values: Sequence[jax.Array]) -> None:
-    """Starts to copy arrays to the host, so that the transfers of a batch overlap; on the CPU there is nothing to copy."""
-    shardings: dict[int, Any] = {id(sharding): sharding for sharding in [value.sharding for value in values]}
-    away = {number for number, sharding in shardings.items() if next(iter(sharding.device_set)).platform != "cpu"}
-    if away:
-        for value in values:
-            if id(value.sharding) in away:
-                raw(value).copy_to_host_async()
-
-
 def staged(pieces: Sequence[tuple[jax.Array, LeafSpec, Index]], pinned: Mapping[int, jax.Array]) -> list[Array]:
     """The values of cells, C-contiguous and of the dtypes that are stored; `pinned` are in pinned memory, by their position."""
-    kinds = {id(spec): (leaf, stored_array(spec)) for leaf, spec, _ in pieces}  # the leaves of a kind share one spec
+    kinds = {id(spec): (leaf, stored_array(spec)) for leaf, spec, _ in pieces}  # leaves that share a spec are alike
+    _start_transfers(pieces, pinned, {number for number, (leaf, _) in kinds.items() if not _is_on_host(leaf)})
     if not pinned and all(array.chunk_shape == leaf.shape and array.dtype == leaf.dtype for leaf, array in kinds.values()):
         found = [np.asarray(leaf) for leaf, _, _ in pieces]  # what a training mostly saves, without a question to each
     else:
         found = _cut_and_cast(pieces, pinned)
     return [data if data.flags.c_contiguous else np.ascontiguousarray(data) for data in found]
+
+
+def _is_on_host(leaf: jax.Array) -> bool:
+    device: Any = next(iter(leaf.sharding.device_set))
+    on_host: bool = device.platform == "cpu"
+    return on_host
+
+
+def _start_transfers(
+    pieces: Sequence[tuple[jax.Array, LeafSpec, Index]], pinned: Mapping[int, jax.Array], away: set[int]
+) -> None:
+    """Starts to copy the leaves whose specs are `away` to the host, so that the transfers of a batch overlap."""
+    if away:
+        for i, (leaf, spec, _) in enumerate(pieces):
+            if i not in pinned and id(spec) in away:
+                raw(leaf).copy_to_host_async()
 
 
 def _cut_and_cast(pieces: Sequence[tuple[jax.Array, LeafSpec, Index]], pinned: Mapping[int, jax.Array]) -> list[Array]:

@@ -17,7 +17,7 @@ from ckptkit.grid import Array, ArraySpec, Index, chunk_indices, fit_chunk_shape
 from ckptkit.leaves._goals import assembled, goals_of, sharers_of
 from ckptkit.leaves._keys import KEY_IMPL, is_key, raw
 from ckptkit.leaves._shares import Shares, holding_processes
-from ckptkit.leaves._staging import has_pinned_host, in_pinned_host, staged, start_transfers, stored_array
+from ckptkit.leaves._staging import has_pinned_host, in_pinned_host, staged, stored_array
 from ckptkit.leaves.base import ArrayRestoreArgs, Kinds, Leaf, LeafSpec, Problem, RestoreArgs, SaveArgs, TypeHandler
 from ckptkit.metadata.sharding import ShardingMetadata, encode_sharding
 from ckptkit.metadata.values import ArrayMetadata
@@ -88,7 +88,6 @@ class JaxArrayHandler(TypeHandler[jax.Array]):
         pinned: dict[int, jax.Array] = {}
         if self._pinned_host:
             pinned = {i: in_pinned_host(raw(leaf), index) for i, (leaf, _, index) in enumerate(pieces) if self._pins(leaf)}
-        start_transfers([leaf for i, (leaf, _, _) in enumerate(pieces) if i not in pinned])
         return staged(pieces, pinned)
 
     def _pins(self, leaf: jax.Array) -> bool:
