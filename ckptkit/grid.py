@@ -21,6 +21,7 @@ __all__ = [
     "fit_chunk_shape",
     "index_nbytes",
     "index_shape",
+    "is_cell",
     "whole",
 ]
 
@@ -74,6 +75,12 @@ def chunk_indices(array: ArraySpec, within: Index | None = None) -> Iterator[Ind
         for (start, stop), c, n in zip(bounds, array.chunk_shape, array.shape, strict=True)
     ]
     return product(*axes)
+
+
+def is_cell(array: ArraySpec, index: Index) -> bool:
+    """Whether a part of an array is a cell of its grid; an empty part may count as one, of which nothing is stored."""
+    begins = [start - start % c for (start, _), c in zip(index, array.chunk_shape, strict=True)]
+    return index == tuple([(i, min(i + c, n)) for i, c, n in zip(begins, array.chunk_shape, array.shape, strict=True)])
 
 
 def chunk_count(array: ArraySpec) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptkit import errors
-from ckptkit.grid import ArraySpec, chunk_count, chunk_indices, fit_chunk_shape, index_shape
+from ckptkit.grid import ArraySpec, chunk_count, chunk_indices, fit_chunk_shape, index_shape, is_cell
 from ckptkit.index import BLOCK_BYTE_SIZE, Checksums, IndexDocument, decode_index, encode_index
 from ckptkit.pipeline.memory import aligned_empty
 
@@ -106,3 +107,12 @@ def test_restored_memory_is_aligned_for_the_cpu_backend(shape: tuple[int, ...], 
         0,
     )
     assert index_shape(tuple((0, n) for n in shape)) == shape
+
+
+@given(data=st.data())
+def test_a_part_is_a_cell_where_the_grid_has_it(data):
+    shape = tuple(data.draw(st.lists(st.integers(1, 6), max_size=3)))
+    array = ArraySpec("a", shape, np.dtype("u1"), tuple(data.draw(st.integers(1, 7)) for _ in shape))
+    cells = set(chunk_indices(array))
+    parts = itertools.product(*[itertools.combinations(range(n + 1), 2) for n in shape])
+    assert {part for part in parts if is_cell(array, part)} == cells

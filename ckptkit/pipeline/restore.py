@@ -12,7 +12,7 @@ import numpy as np
 
 from ckptkit import errors, reports
 from ckptkit._gc import paused_gc
-from ckptkit.grid import Array, ArraySpec, Index, chunk_indices, index_nbytes, index_shape
+from ckptkit.grid import Array, ArraySpec, Index, chunk_indices, index_nbytes, index_shape, is_cell
 from ckptkit.index import IndexDocument
 from ckptkit.leaves.base import LeafSpec, Problem, RestoreArgs, TypeHandler
 from ckptkit.options import OnCorrupt
@@ -284,6 +284,9 @@ def _cells(item: RestoreItem, array: ArraySpec, buffers: Mapping[Index, Array]) 
         if buffer.shape == array.shape == array.chunk_shape:  # most arrays, of which there may be many
             yield _Fetched(item, array, index, buffer, ())
             return
+    if all(is_cell(array, index) for index in buffers):  # as where nothing is sharded anew
+        yield from _parts(item, array, buffers)
+        return
     cells: dict[Index, list[tuple[Index, Array]]] = {}
     for index, buffer in buffers.items():
         for cell in chunk_indices(array, index):
