@@ -289,7 +289,7 @@ class Pending:
                 old.close()
 
     def overtaken(self) -> errors.CheckpointError | None:
-        """The error for whom another save has made unneeded; None here, where a lock keeps the other one waiting."""
+        """The error where another save was committed meanwhile; None, since a lock keeps others out until this one ends."""
         return None
 
     def abandon(self) -> None:
