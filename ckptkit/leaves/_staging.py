@@ -15,7 +15,7 @@ from ckptkit.leaves._keys import raw
 from ckptkit.leaves._shares import local_bounds
 from ckptkit.leaves.base import LeafSpec
 
-__all__ = ["has_pinned_host", "in_pinned_host", "staged", "stored_array"]
+__all__ = ["has_pinned_host", "in_pinned_host", "is_on_host", "staged", "stored_array"]
 
 _PINNED_HOST = "pinned_host"
 
@@ -23,7 +23,7 @@ _PINNED_HOST = "pinned_host"
 def staged(pieces: Sequence[tuple[jax.Array, LeafSpec, Index]], pinned: Mapping[int, jax.Array]) -> list[Array]:
     """The values of cells, C-contiguous and of the dtypes that are stored; `pinned` are in pinned memory, by their position."""
     kinds = {id(spec): (leaf, stored_array(spec)) for leaf, spec, _ in pieces}  # leaves that share a spec are alike
-    _start_transfers(pieces, pinned, {number for number, (leaf, _) in kinds.items() if not _is_on_host(leaf)})
+    _start_transfers(pieces, pinned, {number for number, (leaf, _) in kinds.items() if not is_on_host(leaf)})
     if not pinned and all(array.chunk_shape == leaf.shape and array.dtype == leaf.dtype for leaf, array in kinds.values()):
         found = [np.asarray(leaf) for leaf, _, _ in pieces]  # what a training mostly saves, without a question to each
     else:
@@ -31,7 +31,8 @@ def staged(pieces: Sequence[tuple[jax.Array, LeafSpec, Index]], pinned: Mapping[
     return [data if data.flags.c_contiguous else np.ascontiguousarray(data) for data in found]
 
 
-def _is_on_host(leaf: jax.Array) -> bool:
+def is_on_host(leaf: jax.Array) -> bool:
+    """Whether an array's devices are the CPU's, so that there is nothing to copy to the host."""
     device: Any = next(iter(leaf.sharding.device_set))
     on_host: bool = device.platform == "cpu"
     return on_host

@@ -17,7 +17,7 @@ from ckptkit.grid import Array, ArraySpec, Index, chunk_indices, fit_chunk_shape
 from ckptkit.leaves._goals import assembled, goals_of, sharers_of
 from ckptkit.leaves._keys import KEY_IMPL, is_key, raw
 from ckptkit.leaves._shares import Shares, holding_processes
-from ckptkit.leaves._staging import has_pinned_host, in_pinned_host, staged, stored_array
+from ckptkit.leaves._staging import has_pinned_host, in_pinned_host, is_on_host, staged, stored_array
 from ckptkit.leaves.base import ArrayRestoreArgs, Kinds, Leaf, LeafSpec, Problem, RestoreArgs, SaveArgs, TypeHandler
 from ckptkit.metadata.sharding import ShardingMetadata, encode_sharding
 from ckptkit.metadata.values import ArrayMetadata
@@ -101,9 +101,8 @@ class JaxArrayHandler(TypeHandler[jax.Array]):
             sharding = leaf.sharding
             key = (id(sharding), leaf.dtype, spec.array and spec.array.dtype)
             if (view := known.get(key)) is None:
-                device: Any = next(iter(sharding.device_set))
                 plain = not is_key(leaf) and spec.array is not None and spec.array.dtype == leaf.dtype
-                on_host = device.platform == "cpu" and leaf.dtype.name not in ("int4", "uint4", "int2", "uint2")
+                on_host = is_on_host(leaf) and leaf.dtype.name not in ("int4", "uint4", "int2", "uint2")
                 view = known[key] = plain and on_host and not self._pins(leaf)
             return view
 
