@@ -32,6 +32,7 @@ import xxhash
 
 import ckptkit
 from ckptkit import index
+from ckptkit.pipeline import check
 
 MEGABYTE = 1 << 20
 ROW = "| {:32} | {:>12} | {:>12} | {:>9} |"
@@ -63,6 +64,7 @@ def without_checksums() -> Iterator[None]:
 
     with (
         mock.patch.object(index, "block_checksums", block_checksums),
+        mock.patch.object(check, "block_checksums", block_checksums),
         mock.patch.object(xxhash, "xxh3_64_hexdigest", return_value="0" * 16),
         mock.patch.object(xxhash, "xxh3_64", NoChecksum),
     ):

@@ -21,6 +21,7 @@ from ckptkit.pipeline import answers
 from ckptkit.processes import Job
 from ckptkit.registry import Owner, owned_by
 from ckptkit.storage import ArraySpec, Reader, whole
+from ckptkit.storage.base import ChecksumReader
 from ckptkit.storage.ocdbt import OcdbtBackend
 from ckptkit.storage.zarr import ZarrBackend
 
@@ -299,17 +300,33 @@ class Broken(Reader):
         self._reader.close()
 
 
-def broken(path, registry, error):
+class Miscounting(Broken, ChecksumReader):
+    """Gives no checksum of what it reads."""
+
+    def read_checksums(self, requests, checksum, block_nbytes):
+        future = Future()
+        future.set_result([])
+        return future
+
+
+def broken(path, registry, error, kind=Broken):
     """Saves to a path, and makes a registry's reader of it raise an error."""
     ckptkit.save(path, {"a": np.arange(3)})
     registry._backends.withdraw(lambda claim: claim.value.name == "ocdbt")
     with owned_by(ACME):
-        registry.add_storage(Store(reader=lambda location: Broken(OcdbtBackend().reader(location), error)))
+        registry.add_storage(Store(reader=lambda location: kind(OcdbtBackend().reader(location), error)))
 
 
 def restored(path, registry):
     with StandardCheckpointer(registry=registry) as checkpointer:
         return checkpointer.restore(path)
+
+
+@pytest.mark.parametrize("use", [restored, ckptkit.verify])
+def test_a_reader_that_gives_too_few_checksums_is_told_of(tmp_path, registry, use):
+    broken(tmp_path / "checkpoint", registry, None, Miscounting)
+    with pytest.raises(errors.PluginError, match=r"Miscounting\.read_checksums returned 0 results for 1; expected 1 of str"):
+        use(tmp_path / "checkpoint", registry=registry)
 
 
 @pytest.mark.parametrize("use", [restored, ckptkit.verify])

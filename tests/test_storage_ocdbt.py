@@ -25,12 +25,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ckptkit import errors
 from ckptkit.grid import ArraySpec, Chunk, chunk_indices, index_shape
+from ckptkit.index import BLOCK_BYTE_SIZE, block_checksums
 from ckptkit.location import FileLocation
 from ckptkit.options import StorageOptions
 from ckptkit.processes import Job
 from ckptkit.storage import _chunk_reader, _data_files, _ocdbt_nodes, ocdbt
 from ckptkit.storage._tensorstore import reading_error
 from ckptkit.storage._zarr_dtypes import V3_DTYPES
+from ckptkit.storage.kvstore import memory_location
 from ckptkit.storage.zarr_documents import emit
 
 BACKEND = ocdbt.OcdbtBackend()
@@ -86,6 +88,34 @@ def read(location, names=None):
     for (name, index), out in zip(chunks, outs, strict=True):
         found[name][tuple(slice(*bounds) for bounds in index)] = out
     return found
+
+
+@pytest.mark.parametrize("compression", [None, "zstd"])
+@pytest.mark.parametrize("place", ["file", "memory"])
+def test_checksums_made_while_reading_are_those_of_what_was_read(tmp_path, place, compression):
+    """Whatever is done to the bytes: blocks of large chunks, decoding, bits that a dtype does not use, no bytes at all."""
+    location = FileLocation(tmp_path) if place == "file" else memory_location(f"memory://{tmp_path.name}")
+    random = np.random.default_rng(0)
+    arrays = {
+        "large": random.standard_normal((3 * BLOCK_BYTE_SIZE + 99) // 4).astype(np.float32),
+        "bool": random.integers(0, 2, 2 * BLOCK_BYTE_SIZE).astype(bool),
+        "int4": random.integers(-8, 8, 2 * BLOCK_BYTE_SIZE).astype(jnp.int4),
+        "small": np.arange(7),
+        "scalar": np.array(1.5),
+        "empty": np.empty((0, 3)),
+    }
+    write(location, arrays, compression=compression)
+    reader = BACKEND.reader(location)
+    requests = [
+        (name, index, np.empty(index_shape(index), spec.dtype))
+        for name, spec in reader.arrays().items()
+        for index in chunk_indices(spec)
+    ]
+    found = reader.read_checksums(requests, block_checksums, BLOCK_BYTE_SIZE).result(timeout=60)
+    reader.close()
+    assert found == [block_checksums(out) for _, _, out in requests]
+    for name, index, out in requests:
+        np.testing.assert_array_equal(out, arrays[name][tuple(slice(*bounds) for bounds in index)])
 
 
 def assert_same(found, expected):

@@ -5,18 +5,18 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ckptkit import errors
 from ckptkit.grid import Array, ArraySpec, Index, chunk_indices, index_nbytes, index_shape
-from ckptkit.index import IndexDocument
+from ckptkit.index import BLOCK_BYTE_SIZE, IndexDocument, block_checksums
 from ckptkit.pipeline import answers
 from ckptkit.pipeline.limits import BATCH_BYTE_SIZE, BATCH_LEAVES
 from ckptkit.pipeline.memory import aligned_empty
 from ckptkit.registry import Registry
-from ckptkit.storage.base import Reader
+from ckptkit.storage.base import ChecksumReader, Reader
 
-__all__ = ["ChunkRead", "check_arrays", "chunk_problems", "is_damage"]
+__all__ = ["ChunkRead", "check_arrays", "chunk_problems", "is_damage", "start_reading"]
 
 
 class ChunkRead(NamedTuple):
@@ -34,14 +34,35 @@ def is_damage(error: errors.CheckpointError) -> bool:
     return isinstance(error, errors.CorruptCheckpointError | errors.NotFoundError | errors.FormatError)
 
 
+def start_reading(chunks: Sequence[ChunkRead], registry: Registry, reader: Reader, index: IndexDocument | None) -> Future[Any]:
+    """Starts to read chunks; where the reader makes their checksums, and somebody compares them, the future gives them.
+
+    Raises:
+      errors.PluginError: the reader did not do what it must.
+    """
+    requests = [(array.name, cell, out) for array, cell, out in chunks]
+    reading: Future[Any]
+    with answers.calling(registry, reader, _method(reader, index)) as asked:
+        if isinstance(reader, ChecksumReader) and index is not None:
+            reading = reader.read_checksums(requests, block_checksums, BLOCK_BYTE_SIZE)
+        else:
+            reading = reader.read(requests)
+        return answers.instance(asked, reading, Future)
+
+
+def _method(reader: Reader, index: IndexDocument | None) -> str:
+    """What of a reader is called."""
+    return "read_checksums" if isinstance(reader, ChecksumReader) and index is not None else "read"
+
+
 def chunk_problems(
-    chunks: Sequence[ChunkRead], reading: Future[None], registry: Registry, reader: Reader, index: IndexDocument | None
+    chunks: Sequence[ChunkRead], reading: Future[Any], registry: Registry, reader: Reader, index: IndexDocument | None
 ) -> dict[int, errors.CheckpointError]:
     """What is wrong with chunks that are being read, by position; nothing where all of them are whole.
 
     Args:
       chunks: those that are being read.
-      reading: what `reader.read` returned for them.
+      reading: what `start_reading` returned for them.
       registry: knows whose reader it is.
       reader: reads them again one by one where that failed.
       index: their checksums; None where none were written.
@@ -51,15 +72,22 @@ def chunk_problems(
       errors.PluginError: the reader's future raised what is no error of ckptkit's or the operating system's.
     """
     problems: dict[int, errors.CheckpointError] = {}
+    checksums: Sequence[str] | None = None
     try:
-        with answers.calling(registry, reader, "read"):
-            reading.result()
+        with answers.calling(registry, reader, _method(reader, index)) as asked:
+            found = reading.result()
+            if _method(reader, index) == "read_checksums":
+                checksums = asked.each(found, len(chunks), "chunk", (str,))
     except errors.CheckpointError as error:
         if not is_damage(error):
             raise
         problems = _unreadable(chunks, registry, reader)
-    for position, (array, cell, out) in enumerate(chunks if index is not None else ()):
-        if position not in problems and index is not None and (reason := index.check(array, cell, out)) is not None:
+    if index is None:
+        return problems
+    if checksums is None:
+        checksums = ["" if i in problems else block_checksums(out) for i, (_, _, out) in enumerate(chunks)]
+    for position, ((array, cell, _), found) in enumerate(zip(chunks, checksums, strict=True)):
+        if position not in problems and (reason := index.check(array, cell, found)) is not None:
             with answers.calling(registry, reader, "place"):
                 place = reader.place(array.name, cell)
             problems[position] = errors.CorruptCheckpointError(reason + (f"; it lies in {place}" if place else ""))
@@ -88,13 +116,11 @@ def check_arrays(
       errors.StorageError: chunks cannot be read now, or there is no memory for one.
       errors.PluginError: as for `chunk_problems`.
     """
-    ahead: list[tuple[Sequence[tuple[int, Index]], Sequence[ChunkRead], Future[None]]] = []
+    ahead: list[tuple[Sequence[tuple[int, Index]], Sequence[ChunkRead], Future[Any]]] = []
     for batch in [*_batches(arrays), ()]:
         if batch:
             made = [ChunkRead(arrays[i], cell, aligned_empty(index_shape(cell), arrays[i].dtype)) for i, cell in batch]
-            with answers.calling(registry, reader, "read") as asked:
-                reading = reader.read([(array.name, cell, out) for array, cell, out in made])
-                ahead.append((batch, made, answers.instance(asked, reading, Future)))
+            ahead.append((batch, made, start_reading(made, registry, reader, index)))
         if ahead and (not batch or len(ahead) > 1):
             places, chunks, reading = ahead.pop(0)
             problems = chunk_problems(chunks, reading, registry, reader, index)

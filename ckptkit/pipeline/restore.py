@@ -17,7 +17,7 @@ from ckptkit.index import IndexDocument
 from ckptkit.leaves.base import LeafSpec, Problem, RestoreArgs, TypeHandler
 from ckptkit.options import OnCorrupt
 from ckptkit.pipeline import answers
-from ckptkit.pipeline.check import ChunkRead, chunk_problems
+from ckptkit.pipeline.check import ChunkRead, chunk_problems, start_reading
 from ckptkit.pipeline.limits import BATCH_BYTE_SIZE, BATCH_LEAVES
 from ckptkit.pipeline.memory import aligned_empty
 from ckptkit.pipeline.sharing import Sharing
@@ -98,7 +98,7 @@ def restore_leaves(
     try:
         for following in [*batches, None]:
             if following is not None:
-                ahead.append(_start_reading(following, items, needs, sharing, registry, reader, fetches))
+                ahead.append(_start_reading(following, items, needs, sharing, registry, reader, index, fetches))
             if ahead and (following is None or len(ahead) > 1):
                 reading = ahead.pop(0)
                 for key_path, error in _damage(reading, registry, reader, index):
@@ -242,7 +242,8 @@ class _Reading(NamedTuple):
     batch: _Batch
     parts: list[dict[Index, Array]]
     fetched: list[_Fetched]
-    future: Future[None]
+    chunks: list[ChunkRead]
+    future: Future[Any]
 
 
 _Fetches = Callable[[RestoreItem, ArraySpec, Mapping[Index, Array]], Iterable[_Fetched]]
@@ -256,6 +257,7 @@ def _start_reading(
     sharing: Sharing,
     registry: Registry,
     reader: Reader,
+    index: IndexDocument | None,
     fetches: _Fetches,
 ) -> _Reading:
     parts: list[dict[Index, Array]] = []
@@ -267,9 +269,8 @@ def _start_reading(
         parts.append(buffers)
         if array is not None:
             fetched += fetches(item, array, {index: buffers[index] for index in sharing.reads(i)})
-    with answers.calling(registry, reader, "read") as asked:
-        future = answers.instance(asked, reader.read([(f.array.name, f.part, f.out) for f in fetched]), Future)
-    return _Reading(batch, parts, fetched, future)
+    chunks = [ChunkRead(f.array, f.part, f.out) for f in fetched]
+    return _Reading(batch, parts, fetched, chunks, start_reading(chunks, registry, reader, index))
 
 
 def _parts(item: RestoreItem, array: ArraySpec, buffers: Mapping[Index, Array]) -> Iterator[_Fetched]:
@@ -314,8 +315,7 @@ def _damage(
     reading: _Reading, registry: Registry, reader: Reader, index: IndexDocument | None
 ) -> list[tuple[KeyPath, errors.CheckpointError]]:
     """What is wrong with what was read, by leaf; chunks that did not go straight into their places are copied there."""
-    chunks = [ChunkRead(f.array, f.part, f.out) for f in reading.fetched]
-    problems = chunk_problems(chunks, reading.future, registry, reader, index)
+    problems = chunk_problems(reading.chunks, reading.future, registry, reader, index)
     for fetched in reading.fetched:
         for view, inner in fetched.copies:
             view[...] = fetched.out[inner]

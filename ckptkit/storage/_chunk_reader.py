@@ -10,11 +10,12 @@ import errno
 import functools
 import json
 import os
+import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from itertools import accumulate
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 import attrs
 import numpy as np
@@ -24,13 +25,14 @@ from ckptkit._threads import Workers
 from ckptkit.grid import Array, ArraySpec, Index
 from ckptkit.location import Location
 from ckptkit.storage._futures import called, joined
-from ckptkit.storage._values import Extent, Value, Values, key_prefix, nbytes_of
-from ckptkit.storage._zarr_cells import canonicalise, decode, fill_value
-from ckptkit.storage.base import Reader
+from ckptkit.storage._values import Bytes, Extent, Value, Values, key_prefix, nbytes_of
+from ckptkit.storage._zarr_cells import canonicalise, decode, fill_value, has_unused_bits
+from ckptkit.storage.base import Checksum, ChecksumReader
 from ckptkit.storage.zarr_documents import DOCUMENT_NAMES, MAX_DOCUMENT_NBYTES, Document, Version, parse
 
 __all__ = ["ChunkReader"]
 
+T = TypeVar("T")
 Request = tuple[str, Index, Array]
 
 # One task for a thread.
@@ -60,6 +62,7 @@ _FEW_CHUNKS: Final = 64
 class _Cell:
     """One request, and its chunk as stored."""
 
+    position: int  # among the requests
     name: str
     index: Index
     out: Array
@@ -92,7 +95,7 @@ class _Listing(NamedTuple):
     arrays: _Arrays
 
 
-class ChunkReader(Reader):
+class ChunkReader(ChecksumReader):
     """Lists what is there at the first call; reads in threads of its own."""
 
     def __init__(self, location: Location, values: Values) -> None:
@@ -107,13 +110,26 @@ class ChunkReader(Reader):
         return self._listed().arrays
 
     def read(self, requests: Sequence[Request]) -> Future[None]:
+        return joined(self._start(self._read_batch, requests))
+
+    def read_checksums(self, requests: Sequence[Request], checksum: Checksum, block_nbytes: int) -> Future[list[str]]:
+        def read(batch: Sequence[Request]) -> list[str]:
+            blocks: list[list[str]] = [[] for _ in batch]
+            self._read_batch(batch, block_nbytes, lambda i, memory: blocks[i].append(checksum(memory)))
+            return ["".join(known) or checksum(out) for known, (_, _, out) in zip(blocks, batch, strict=True)]
+
+        batches = self._start(read, requests)
+        return joined(batches, lambda: [text for batch in batches for text in batch.result()])
+
+    def _start(self, read: Callable[[Sequence[Request]], T], requests: Sequence[Request]) -> list[Future[T]]:
+        """Calls `read` with one batch of the requests after the other, where they are little at once."""
         if self._closed:
             raise errors.ClosedError(f"{self._location.url}: the reader was closed before this read.")
         batches = list(_batches(requests))
         is_little = len(batches) == 1 and sum([out.nbytes for _, _, out in batches[0]]) <= _AT_ONCE_NBYTES
         if is_little and self._location.local_path is not None:
-            return called(self._read_batch, batches[0])
-        return joined([self._pool.submit(self._read_batch, batch) for batch in batches])
+            return [called(read, batches[0])]
+        return [self._pool.submit(read, batch) for batch in batches]
 
     def place(self, name: str, index: Index) -> str:
         listing = self._listed()
@@ -202,19 +218,29 @@ class ChunkReader(Reader):
         stores = self._stores_fill_values
         return document.fill is not None if stores is None else not stores
 
-    def _read_batch(self, requests: Sequence[Request]) -> None:
+    def _read_batch(
+        self, requests: Sequence[Request], part_nbytes: int = sys.maxsize, seen: Callable[[int, Bytes], object] | None = None
+    ) -> None:
+        """Fills the requests' memory; tells `seen` of the parts of those that are read as they are, in their order."""
         raw: list[_Cell] = []
         encoded: dict[Document, list[_Cell]] = {}
         found = [self._stored(name, index) for name, index, _ in requests]
         values = self._values.sized([value for _, value in found])
-        for (name, index, out), (document, _), value in zip(requests, found, values, strict=True):
+        for position, ((name, index, out), (document, _), value) in enumerate(zip(requests, found, values, strict=True)):
             self._check_size(name, index, document, value)
             if value is None:
                 self._fill(name, index, document, out)
                 continue
             cells = raw if _lies_as_stored(out, document) else encoded.setdefault(document, [])
-            cells.append(_Cell(name, index, out, value))
-        self._values.read_into([(cell.value, cell.out.reshape(-1).view(np.uint8)) for cell in raw])
+            cells.append(_Cell(position, name, index, out, value))
+        parts = [part for cell in raw for part in _parts(cell, part_nbytes)]
+
+        def filled(i: int) -> None:
+            cell, _, memory = parts[i]
+            if seen is not None and not has_unused_bits(cell.out.dtype):  # those are cleared below
+                seen(cell.position, memory)
+
+        self._values.read_into([(value, memory) for _, value, memory in parts], filled)
         for document, cells in encoded.items():
             count = max(1, _STACK_NBYTES // document.cell_nbytes)
             for i in range(0, len(cells), count):
@@ -262,6 +288,17 @@ class ChunkReader(Reader):
     def _corrupt(self, name: str, index: Index, what: str) -> errors.CorruptCheckpointError:
         where = f"{self._location.url}: chunk {index} of array {name!r}"
         return errors.CorruptCheckpointError(f"{where} {what}; restore another checkpoint.")
+
+
+def _parts(cell: _Cell, part_nbytes: int) -> Iterator[tuple[_Cell, Value, Bytes]]:
+    """A chunk that lies in a file in parts, each with where it lies and its memory; another as it is."""
+    memory = cell.out.reshape(-1).view(np.uint8)
+    if not isinstance(cell.value, Extent) or memory.size <= part_nbytes:
+        yield cell, cell.value, memory
+        return
+    path, offset, nbytes = cell.value
+    for start in range(0, memory.size, part_nbytes):
+        yield cell, Extent(path, offset + start, nbytes - start), memory[start : start + part_nbytes]
 
 
 def _key(name: str, document: Document, index: Index) -> bytes:

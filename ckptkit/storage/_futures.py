@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeVar
 
 __all__ = ["Pending", "called", "done", "joined"]
+
+T = TypeVar("T")
 
 
 def done() -> Future[None]:
@@ -17,23 +19,28 @@ def done() -> Future[None]:
     return future
 
 
-def called(function: Callable[..., None], *args: Any) -> Future[None]:
-    """Calls it, and returns a future that is done, and raises what it raised."""
-    future: Future[None] = Future()
+def called(function: Callable[..., T], *args: Any) -> Future[T]:
+    """Calls it, and returns a future that is done, and gives or raises what it did."""
+    future: Future[T] = Future()
     try:
-        function(*args)
+        result = function(*args)
     except Exception as error:  # noqa: BLE001 - it is raised again where the future's result is asked for
         future.set_exception(error)
     else:
-        future.set_result(None)
+        future.set_result(result)
     return future
 
 
-def joined(parts: Sequence[Future[None]]) -> Future[None]:
-    """Done when all parts are, since until then they use the caller's memory; raises what the first of them raised."""
+def joined(parts: Sequence[Future[Any]], result: Callable[[], Any] = lambda: None) -> Future[Any]:
+    """Done when all parts are, since until then they use the caller's memory; raises what the first of them raised.
+
+    Args:
+      parts: what it stands for.
+      result: gives its result once all of them have theirs.
+    """
     if not parts:
-        return done()
-    whole: Future[None] = Future()
+        return called(result)
+    whole: Future[Any] = Future()
     whole.set_running_or_notify_cancel()
     pending = len(parts)
     lock = threading.Lock()
@@ -45,7 +52,7 @@ def joined(parts: Sequence[Future[None]]) -> Future[None]:
             if pending:
                 return
         error = next((e for e in (part.exception() for part in parts) if e is not None), None)
-        whole.set_result(None) if error is None else whole.set_exception(error)
+        whole.set_result(result()) if error is None else whole.set_exception(error)
 
     for part in parts:
         part.add_done_callback(finish)

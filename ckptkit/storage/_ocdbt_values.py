@@ -13,7 +13,7 @@ import functools
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 from urllib.parse import unquote
 
@@ -26,7 +26,7 @@ from ckptkit.storage._expansion import node_nbytes
 from ckptkit.storage._ocdbt_nodes import MANIFEST
 from ckptkit.storage._remote_values import check_ends, read_ranges
 from ckptkit.storage._tensorstore import mapped_tensorstore_errors
-from ckptkit.storage._values import Bytes, Extent, Value, Values, cut_off, read_files
+from ckptkit.storage._values import Bytes, Extent, Filled, Value, Values, cut_off, places_of, read_files
 
 __all__ = ["OcdbtValues"]
 
@@ -58,17 +58,15 @@ class OcdbtValues(Values):
         self._check_files(values.values())
         return values
 
-    def read_into(self, wanted: Iterable[tuple[Value, Bytes]]) -> None:
-        extents = []
-        for value, buffer in wanted:
+    def read_into(self, wanted: Sequence[tuple[Value, Bytes]], filled: Filled = lambda _: None) -> None:
+        for i, (value, buffer) in enumerate(wanted):
             if isinstance(value, bytes):
                 buffer[:] = np.frombuffer(value, np.uint8, buffer.size)
-            elif isinstance(value, Extent):
-                extents.append((value, buffer))
+                filled(i)
         if self._directory is None:
-            read_ranges(self._base, self._location.url, extents)
+            read_ranges(self._base, self._location.url, places_of(wanted), filled)
         else:
-            read_files(self._directory, extents)
+            read_files(self._directory, places_of(wanted), filled)
 
     def _root(self) -> dict[str, Any] | None:
         """The newest version's root, which the manifest lists last; None where that version is empty."""

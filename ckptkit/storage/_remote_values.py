@@ -10,7 +10,7 @@ import tensorstore as ts
 
 from ckptkit import errors
 from ckptkit.storage._tensorstore import mapped_tensorstore_errors
-from ckptkit.storage._values import Bytes, Extent, Unread, Value, Values, cut_off
+from ckptkit.storage._values import Bytes, Filled, Place, Unread, Value, Values, cut_off
 from ckptkit.storage.zarr_documents import DOCUMENT_NAMES
 
 __all__ = ["RemoteValues", "check_ends", "holds_document", "read_ranges"]
@@ -40,10 +40,11 @@ class RemoteValues(Values):
             reads = [_last_byte(self._store, value.key, nbytes) for value in values if isinstance(value, Unread)]
             return sum([found is not None and found.state == "value" for found in map(_unless_cut_off, reads)])
 
-    def read_into(self, wanted: Iterable[tuple[Value, Bytes]]) -> None:
-        for value, buffer in wanted:
+    def read_into(self, wanted: Sequence[tuple[Value, Bytes]], filled: Filled = lambda _: None) -> None:
+        for i, (value, buffer) in enumerate(wanted):
             assert isinstance(value, bytes)  # `sized` was asked first
             buffer[:] = np.frombuffer(value, np.uint8, buffer.size)
+            filled(i)
 
 
 def _value(read: Any) -> bytes | None:
@@ -58,19 +59,20 @@ def holds_document(store: ts.KvStore) -> bool:
     return any(key.rpartition(b"/")[2] in names for key in store.list().result())
 
 
-def read_ranges(store: ts.KvStore, url: str, wanted: Iterable[tuple[Extent, Bytes]]) -> None:
+def read_ranges(store: ts.KvStore, url: str, wanted: Iterable[Place], filled: Filled) -> None:
     """Fills each buffer with the first bytes of its extent; raises what `Values.read_into` raises."""
-    places = sorted(((extent, buffer) for extent, buffer in wanted if buffer.size), key=lambda place: place[0][:2])
+    places = sorted(wanted, key=lambda place: place.extent[:2])
     with mapped_tensorstore_errors(url):
         runs = [(run, _read_run(store, run)) for run in _runs(places)]
         for run, read in runs:
             data = read.result()
             if data.state != "value":
-                raise errors.NotFoundError(f"{url}/{run[0][0].path}: a required file is missing; restore another checkpoint.")
+                raise errors.NotFoundError(f"{url}/{run[0].extent.path}: a required file is missing; restore another checkpoint.")
             start = 0
-            for _, buffer in run:
+            for position, _, buffer in run:
                 buffer[:] = np.frombuffer(data.value, np.uint8, buffer.size, start)
                 start += buffer.size
+                filled(position)
 
 
 def check_ends(store: ts.KvStore, url: str, ends: Mapping[str, int]) -> None:
@@ -105,21 +107,22 @@ def _unless_cut_off(read: Any) -> Any:
         raise
 
 
-def _read_run(store: ts.KvStore, run: Sequence[tuple[Extent, Bytes]]) -> Any:
-    first, (last, buffer) = run[0][0], run[-1]
+def _read_run(store: ts.KvStore, run: Sequence[Place]) -> Any:
+    first, (_, last, buffer) = run[0].extent, run[-1]
     return store.read(first.path, byte_range=slice(first.offset, last.offset + buffer.size))
 
 
-def _runs(places: Sequence[tuple[Extent, Bytes]]) -> Iterator[list[tuple[Extent, Bytes]]]:
+def _runs(places: Sequence[Place]) -> Iterator[list[Place]]:
     """Places that follow on each other in one file, up to the size of one read."""
-    run: list[tuple[Extent, Bytes]] = []
+    run: list[Place] = []
     end: tuple[str, int] | None = None
     nbytes = 0
-    for extent, buffer in places:
+    for place in places:
+        _, extent, buffer = place
         if run and ((extent.path, extent.offset) != end or nbytes + buffer.size > _READ_NBYTES):
             yield run
             run, nbytes = [], 0
-        run.append((extent, buffer))
+        run.append(place)
         nbytes += buffer.size
         end = extent.path, extent.offset + buffer.size
     if run:

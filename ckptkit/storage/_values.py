@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -14,11 +14,25 @@ import numpy.typing as npt
 from ckptkit import errors
 from ckptkit.location import mapped_os_errors
 
-__all__ = ["Bytes", "Extent", "Unread", "Value", "Values", "cut_off", "key_prefix", "nbytes_of", "read_files"]
+__all__ = [
+    "Bytes",
+    "Extent",
+    "Filled",
+    "Place",
+    "Unread",
+    "Value",
+    "Values",
+    "cut_off",
+    "key_prefix",
+    "nbytes_of",
+    "places_of",
+    "read_files",
+]
 
 Bytes = npt.NDArray[np.uint8]
 
 _MAX_BUFFERS_PER_READ = 1024  # IOV_MAX on Linux and macOS
+_READ_NBYTES = 1 << 20  # larger reads gain nothing, and leave nothing in the processor's cache for who looks at it next
 
 
 def key_prefix(name: str) -> str:
@@ -49,6 +63,28 @@ class Unread(NamedTuple):
 
 Value = bytes | Extent | Unread
 """The value itself where whatever lists the keys holds it, else where it is."""
+
+Filled = Callable[[int], None]
+
+
+class Place(NamedTuple):
+    """An extent to be read.
+
+    Attributes:
+      position: among what is wanted.
+      extent: where it lies.
+      buffer: of at most so many bytes, and at least one.
+    """
+
+    position: int
+    extent: Extent
+    buffer: Bytes
+
+
+def places_of(wanted: Sequence[tuple[Value, Bytes]]) -> list[Place]:
+    """What of the values lies in files."""
+    found = enumerate(wanted)
+    return [Place(i, value, buffer) for i, (value, buffer) in found if isinstance(value, Extent) and buffer.size]
 
 
 def nbytes_of(value: Value) -> int:
@@ -84,8 +120,12 @@ class Values(abc.ABC):
         return 0
 
     @abc.abstractmethod
-    def read_into(self, wanted: Iterable[tuple[Value, Bytes]]) -> None:
+    def read_into(self, wanted: Sequence[tuple[Value, Bytes]], filled: Filled = lambda _: None) -> None:
         """Fills each buffer with the first bytes of its value.
+
+        Args:
+          wanted: the values, and the buffers.
+          filled: is told of each buffer, by its position, soon after it was filled: while the processor's cache has its bytes.
 
         Raises:
           errors.NotFoundError, errors.StorageError, errors.CorruptCheckpointError: a file is missing, unreadable, too short.
@@ -94,37 +134,38 @@ class Values(abc.ABC):
     def read(self, values: Sequence[Value], limit: int = sys.maxsize) -> list[bytes]:
         """Of each value the first `limit` bytes, those that lie at one place read once; raises what `read_into` raises."""
         buffers = {v: np.empty(min(limit, v.nbytes), np.uint8) for v in values if isinstance(v, Extent)}
-        self.read_into(buffers.items())
+        self.read_into([*buffers.items()])
         found: dict[Value, bytes] = {value: buffer.tobytes() for value, buffer in buffers.items()}
         return [value[:limit] if isinstance(value, bytes) else found[value] for value in values]
 
 
-def read_files(directory: str, wanted: Iterable[tuple[Extent, Bytes]]) -> None:
+def read_files(directory: str, wanted: Iterable[Place], filled: Filled) -> None:
     """Fills each buffer with the first bytes of its extent; raises what `Values.read_into` raises."""
-    by_path: dict[str, list[tuple[int, Bytes]]] = {}
-    for extent, buffer in wanted:
-        if buffer.size:
-            by_path.setdefault(extent.path, []).append((extent.offset, buffer))
+    by_path: dict[str, list[Place]] = {}
+    for place in wanted:
+        by_path.setdefault(place.extent.path, []).append(place)
     for path, places in by_path.items():
         full = os.path.join(directory, path)
         with mapped_os_errors(full, "read"), open(full, "rb", buffering=0) as file:
-            for offset, buffers in _runs(sorted(places, key=lambda place: place[0])):
-                _preadv(file.fileno(), buffers, offset, full)
+            for run in _runs(sorted(places, key=lambda place: place.extent.offset)):
+                _preadv(file.fileno(), [place.buffer for place in run], run[0].extent.offset, full)
+                for place in run:
+                    filled(place.position)
 
 
-def _runs(places: Sequence[tuple[int, Bytes]]) -> Iterator[tuple[int, list[Bytes]]]:
-    """Buffers whose places in the file follow on each other, together: 10,000 reads of 1 KB become 10."""
-    run: list[Bytes] = []
-    start = end = -1
-    for offset, buffer in places:
-        if offset != end or len(run) == _MAX_BUFFERS_PER_READ:
-            if run:
-                yield start, run
-            run, start, end = [], offset, offset
-        run.append(buffer)
-        end += buffer.size
+def _runs(places: Sequence[Place]) -> Iterator[list[Place]]:
+    """Places that follow on each other in the file, together: 10,000 reads of 1 KB become 10."""
+    run: list[Place] = []
+    end = nbytes = 0
+    for place in places:
+        if run and (place.extent.offset != end or len(run) == _MAX_BUFFERS_PER_READ or nbytes >= _READ_NBYTES):
+            yield run
+            run, nbytes = [], 0
+        run.append(place)
+        nbytes += place.buffer.size
+        end = place.extent.offset + place.buffer.size
     if run:
-        yield start, run
+        yield run
 
 
 def _preadv(descriptor: int, buffers: list[Bytes], offset: int, path: str) -> None:

@@ -105,6 +105,11 @@ def fill_value(document: Document) -> Array:
     return np.asarray(_open(document, document.filled(), memory, context).read().result()).reshape(())
 
 
+def has_unused_bits(dtype: np.dtype[Any]) -> bool:
+    """Whether `canonicalise` may change values."""
+    return dtype.kind == "b" or dtype in _USED_BITS
+
+
 def canonicalise(values: Array) -> None:
     """Clears the bits that the dtype does not use, in place: a stranger's bytes must not make two unequal Trues."""
     if values.dtype.kind == "b":

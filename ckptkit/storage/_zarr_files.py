@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Final
 
@@ -19,7 +19,7 @@ from ckptkit.location import mapped_os_errors
 from ckptkit.options import StorageOptions
 from ckptkit.processes import Job
 from ckptkit.storage._futures import Pending
-from ckptkit.storage._values import Bytes, Extent, Value, Values, key_prefix, read_files
+from ckptkit.storage._values import Bytes, Extent, Filled, Value, Values, key_prefix, places_of, read_files
 from ckptkit.storage._zarr_cells import encoded_cell
 from ckptkit.storage.base import ArraySpec, Chunk, Writer
 from ckptkit.storage.zarr_documents import DOCUMENT_NAMES, Document, documented
@@ -42,8 +42,8 @@ class FileValues(Values):
             found = {os.fsencode(path): Extent(path, 0, self._size(entry)) for path, entry in _files(self._directory)}
         return dict(sorted(found.items()))
 
-    def read_into(self, wanted: Iterable[tuple[Value, Bytes]]) -> None:
-        read_files(self._directory, ((value, buffer) for value, buffer in wanted if isinstance(value, Extent)))
+    def read_into(self, wanted: Sequence[tuple[Value, Bytes]], filled: Filled = lambda _: None) -> None:
+        read_files(self._directory, places_of(wanted), filled)
 
     def _size(self, entry: os.DirEntry[str]) -> int:
         """Bytes of a regular file, which lies below the directory itself where the entry is a link."""

@@ -8,9 +8,9 @@ C-contiguous and writable. Checksums are the pipeline's affair.
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ckptkit.grid import Array, ArraySpec, Chunk, Index, chunk_count, chunk_indices, whole
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ArraySpec",
+    "Checksum",
+    "ChecksumReader",
     "Chunk",
     "Index",
     "ManyWriters",
@@ -95,6 +97,26 @@ class PartialReader(Reader):
 
     Where there are no checksums to verify, which are those of whole cells, it is asked for what the devices hold and no more.
     """
+
+
+Checksum = Callable[[Any], str]
+
+
+class ChecksumReader(Reader):
+    """A reader that checksums what it reads in the thread that reads it, where the processor's cache still holds the bytes."""
+
+    @abc.abstractmethod
+    def read_checksums(
+        self, requests: Sequence[tuple[str, Index, Array]], checksum: Checksum, block_nbytes: int
+    ) -> Future[list[str]]:
+        """Reads as `read` does; gives what `checksum` says of each chunk when all of its bytes are in place.
+
+        Args:
+          requests: as for `read`.
+          checksum: takes a C-contiguous array; may be called from any thread. What it says of a chunk is what it says of the
+            chunk's blocks, joined in their order.
+          block_nbytes: bytes of a block; the last one of a chunk is what is left.
+        """
 
 
 class StorageBackend(abc.ABC):
