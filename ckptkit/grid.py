@@ -106,25 +106,43 @@ def index_nbytes(array: ArraySpec, index: Index) -> int:
     return size
 
 
-def fit_chunk_shape(shape: Sequence[int], itemsize: int, max_byte_size: int, axes: Sequence[int] = ()) -> tuple[int, ...]:
-    """A cell of at most `max_byte_size` bytes (one element at least) whose lengths divide those of `shape`.
+def fit_chunk_shape(
+    shape: Sequence[int], itemsize: int, max_byte_size: int, axes: Sequence[int] = (), shard: Sequence[int] | None = None
+) -> tuple[int, ...]:
+    """The cell of a grid: at most `max_byte_size` bytes, one element at least, and never so small that cells are without number.
 
-    Cells that divide a shard never straddle two of them, and none is padded. Axes are cut in the order `axes`, then from
-    the first on, which keeps a cell's bytes in one run; an axis whose length has no divisor that is small enough is cut
-    as far as its divisors go before the next one is.
+    Axes are cut in the order `axes`, then from the first on, which keeps a cell's bytes in one run. Lengths divide those of the
+    shard where that makes cells of half the size wanted. Else an axis that no shard cuts is divided evenly, the last cell being
+    shorter; one that shards do cut takes its next larger divisor where smaller ones make over four times the cells it takes,
+    so that a cell may be larger than asked for, at most a shard, but never straddles two.
+
+    Args:
+      shape: of the array.
+      itemsize: bytes of an element.
+      max_byte_size: what a cell should not exceed.
+      axes: to cut first.
+      shard: the shape of the parts that devices hold; None for the whole array.
     """
-    cell = [max(n, 1) for n in shape]
+    shard = shape if shard is None else shard
+    cell = [max(n, 1) for n in shard]
     order = dict.fromkeys([*(axis % len(cell) for axis in axes), *range(len(cell))]) if cell else {}
     for axis in order:
         size = math.prod(cell) * itemsize
         if size <= max_byte_size:
             break
         wanted = max(1, max_byte_size * cell[axis] // size)
-        cell[axis] = _largest_divisor(cell[axis], wanted)
+        cell[axis] = _fit_length(cell[axis], wanted, is_whole=shard[axis] == shape[axis])
     return tuple(cell)
 
 
-def _largest_divisor(n: int, limit: int) -> int:
-    """The largest divisor of `n` that is at most `limit`."""
+def _fit_length(n: int, wanted: int, *, is_whole: bool) -> int:
+    """The length of a cell on an axis of `n` elements in each shard, of which there is one if `is_whole`."""
+    count = -(-n // wanted)
     small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
-    return max(d for d in (*small, *(n // d for d in small)) if d <= limit)
+    divisors = [*small, *(n // d for d in small)]
+    divisor = max(d for d in divisors if d <= wanted)
+    if 2 * divisor >= wanted:
+        return divisor
+    if is_whole:
+        return -(-n // count)
+    return divisor if n // divisor <= 4 * count else min(d for d in divisors if d > wanted)

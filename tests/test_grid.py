@@ -35,11 +35,45 @@ def test_the_cells_of_a_grid_cover_every_element_once(array: ArraySpec) -> None:
     assert len(cells) == chunk_count(array)
 
 
+@st.composite
+def _sharded(draw: Any) -> tuple[list[int], list[int]]:
+    """The shape of a shard, and that of the array."""
+    shard = draw(st.lists(st.integers(0, 500) | st.integers(0, 10**8), max_size=3))
+    return shard, [n * draw(st.sampled_from([1, 1, 2, 8])) for n in shard]
+
+
+_LIMITS = {"itemsize": st.sampled_from([1, 2, 8]), "limit": st.integers(8, 1 << 25)}
+
+
+@given(shape=_sharded(), **_LIMITS)
+def test_the_cells_of_an_array_are_no_more_than_a_few_times_those_it_takes(
+    shape: tuple[list[int], list[int]], itemsize: int, limit: int
+) -> None:
+    shard, whole = shape
+    cell = fit_chunk_shape(whole, itemsize, limit, shard=shard)
+    count = chunk_count(ArraySpec("x", tuple(shard), np.dtype(f"V{itemsize}"), cell))
+    assert count <= 8 * -(-math.prod(shard) * itemsize // limit)
+
+
+@given(shape=_sharded(), **_LIMITS)
+def test_no_fitted_cell_straddles_shards(shape: tuple[list[int], list[int]], itemsize: int, limit: int) -> None:
+    shard, whole = shape
+    cell = fit_chunk_shape(whole, itemsize, limit, shard=shard)
+    assert all(1 <= c <= max(m, 1) for c, m in zip(cell, shard, strict=True))
+    assert all(m == n or m % c == 0 for c, m, n in zip(cell, shard, whole, strict=True))
+
+
 @given(shape=st.lists(st.integers(0, 500), max_size=3), itemsize=st.sampled_from([1, 2, 8]), limit=st.integers(1, 5000))
-def test_a_fitted_cell_divides_the_shape_and_respects_the_limit(shape: list[int], itemsize: int, limit: int) -> None:
-    cell = fit_chunk_shape(shape, itemsize, limit)
-    assert all(max(n, 1) % c == 0 for n, c in zip(shape, cell, strict=True))
-    assert math.prod(cell) * itemsize <= max(limit, itemsize)
+def test_the_cells_of_an_array_without_shards_respect_the_limit(shape: list[int], itemsize: int, limit: int) -> None:
+    assert math.prod(fit_chunk_shape(shape, itemsize, limit)) * itemsize <= max(limit, itemsize)
+
+
+def test_cells_of_an_awkward_length_are_even_or_whole_in_a_shard() -> None:
+    assert fit_chunk_shape((8388617,), 4, 32 << 20) == (4194309,)
+    assert fit_chunk_shape((50021, 4096), 4, 32 << 20) == (2001, 4096)
+    assert fit_chunk_shape((8 * 8388617,), 4, 32 << 20, shard=(8388617,)) == (8388617,)
+    assert fit_chunk_shape((8 * 50021, 4096), 4, 32 << 20, shard=(50021, 4096)) == (50021, 128)
+    assert fit_chunk_shape((32 << 20,), 4, 32 << 20) == (8 << 20,)
 
 
 def test_axes_named_are_cut_first() -> None:

@@ -179,3 +179,44 @@ def test_only_large_arrays_that_shrink_are_compressed_unless_told_otherwise(tmp_
     assert sum(data.values()) < sizes[None]
     assert data["floats"] + data["small"] < sizes["auto"] < 1.05 * (data["floats"] + data["small"]) + 100_000
     assert sizes["zstd"] < sizes["auto"]
+
+
+_BACKENDS = [{}, {"use_zarr3": True}, {"use_ocdbt": False}, {"use_ocdbt": False, "use_zarr3": True}]
+
+
+def _on(shape: tuple[int, ...], *axes: str | None) -> jax.Array:
+    """Random floats on a mesh of 4 x 2 devices."""
+    values = np.random.default_rng(7).random(shape, np.float32)
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    return jax.device_put(values, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)))
+
+
+@pytest.mark.parametrize("options", _BACKENDS)
+def test_arrays_of_prime_lengths_are_cut_unevenly_and_come_back(tmp_path: Path, options: dict[str, bool]) -> None:
+    tree = {
+        "host": np.random.default_rng(3).random(100_003),
+        "device": jnp.asarray(np.random.default_rng(4).random((211, 307), np.float32)),
+        "everywhere": _on((100_003,)),
+        "columns": _on((1009, 64), None, ("x", "y")),
+        "both": _on((8 * 10_007, 3), ("x", "y")),
+    }
+    save_args = jax.tree.map(lambda _: ckptkit.SaveArgs(chunk_byte_size=16_000), tree)
+    with ckptkit.Checkpointer(ckptkit.PyTreeCheckpointHandler(**options)) as checkpointer:
+        checkpointer.save(tmp_path / "c", tree, save_args=save_args)
+    assert ckptkit.verify(tmp_path / "c").state == "whole"
+    elsewhere = abstract({**tree, "columns": _on((1009, 64), None, "y"), "device": _on((211, 307))})
+    for library in (ckptkit, ocp):
+        assert_same(_restored(library, tmp_path / "c", abstract(tree)), tree)
+        found = _restored(library, tmp_path / "c", elsewhere)
+        assert found["columns"].sharding == elsewhere["columns"].sharding
+        jax.tree.map(np.testing.assert_array_equal, found, tree)
+
+
+def test_an_array_of_a_prime_length_above_32_mib_is_cut_into_two(tmp_path: Path) -> None:
+    tree = {"a": np.random.default_rng(5).random(8_388_617, np.float32)}
+    with ckptkit.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "c", tree)
+        checkpointer.wait_until_finished()
+        assert checkpointer.metadata(tmp_path / "c").item_metadata["a"].storage.chunk_shape == (4_194_309,)
+    for library in (ckptkit, ocp):
+        assert_same(_restored(library, tmp_path / "c", tree), tree)

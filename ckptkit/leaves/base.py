@@ -47,7 +47,7 @@ class SaveArgs:
     Attributes:
       aggregate: kept for Orbax's callers; True is refused, since every leaf is stored on its own.
       dtype: cast to this dtype before writing.
-      chunk_byte_size: upper bound of a chunk, in bytes.
+      chunk_byte_size: upper bound of a chunk, in bytes; exceeded where the length of a shard has no divisor near it.
       shard_axes: axes to cut first when a chunk must become smaller.
 
     Raises:

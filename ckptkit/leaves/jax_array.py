@@ -201,7 +201,8 @@ def _layout(value: jax.Array, args: SaveArgs) -> _Layout:
     extra = {KEY_IMPL: str(jax.random.key_impl(value))} if is_key(value) else {}
     dtype = np.dtype(stored.dtype if args.dtype is None or extra else args.dtype)
     shard = stored.sharding.shard_shape(stored.shape)
-    cell = fit_chunk_shape(shard, dtype.itemsize, args.chunk_byte_size or _max_chunk_nbytes(stored, shard), args.shard_axes)
+    limit = args.chunk_byte_size or _max_chunk_nbytes(stored, shard)
+    cell = fit_chunk_shape(stored.shape, dtype.itemsize, limit, args.shard_axes, shard)
     return _Layout(stored.shape, dtype, cell, encode_sharding(value.sharding), {"write_shape": list(shard), **extra})
 
 
