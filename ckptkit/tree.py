@@ -6,12 +6,14 @@ Empty containers and None count as leaves here, since a checkpoint records them;
 from __future__ import annotations
 
 import functools
+import numbers
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import attrs
 import jax
+import numpy as np
 
 from ckptkit import errors
 from ckptkit._recent import Recent
@@ -21,15 +23,28 @@ __all__ = ["Structure", "flatten", "flatten_alike", "hollow", "is_empty_node", "
 
 
 def is_empty_node(value: Any) -> bool:
-    """Whether a node holds nothing: None, or a dict, list or tuple (named ones too) without entries."""
+    """Whether a node holds nothing: None, a dict, list or tuple (named ones too) without entries, a node of a class without any."""
     kind: Any = type(value)
-    return value is None or (_is_container(kind) and not value)
+    return _may_be_empty(kind) and (not value if _is_container(kind) else _is_childless(value))
+
+
+@functools.lru_cache(maxsize=1024)
+def _may_be_empty(kind: Any) -> bool:
+    """By type, and remembered: asking 10,000 arrays what they are takes longer than flattening the tree."""
+    return not issubclass(kind, (jax.Array, np.ndarray, np.generic, numbers.Number, str))
 
 
 @functools.lru_cache(maxsize=1024)
 def _is_container(kind: Any) -> bool:
-    """By type, and remembered: asking 10,000 arrays whether they are a Mapping takes longer than flattening the tree."""
     return issubclass(kind, (Mapping, list, tuple))
+
+
+def _is_childless(value: Any) -> bool:
+    """Whether jax knows the class for one of nodes, and this one has no children."""
+    if jax.tree_util.all_leaves([value]):
+        return False
+    children, _ = jax.tree_util.default_registry.flatten_one_level(value)
+    return not tuple(children)
 
 
 class _Fieldless(NamedTuple):
@@ -38,13 +53,13 @@ class _Fieldless(NamedTuple):
 
 def hollow(node: Any) -> Any:
     """An empty node that is recorded as `node` is, and not the caller's own, which may be filled later, or hold what is large."""
-    if node is None:
-        return None
     if isinstance(node, Mapping):
         return {}
     if isinstance(node, list):
         return []
-    return _Fieldless() if hasattr(node, "_fields") else ()
+    if isinstance(node, tuple):
+        return _Fieldless() if hasattr(node, "_fields") else ()
+    return None
 
 
 def key_path(keys: Sequence[Key]) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 import gc
 import json
 import os
@@ -351,6 +352,13 @@ def test_restore_args_say_how_each_leaf_is_restored(tmp_path: Path, mesh: jax.sh
     }
     assert_same(ckptkit.restore(tmp_path / "c", args.PyTreeRestore(restore_args=restore_args)), expected)
     assert_same(ckptkit.PyTreeCheckpointer().restore(tmp_path / "c", restore_args=restore_args), expected)
+
+
+def test_a_tree_too_deep_to_be_restored_is_refused(tmp_path: Path) -> None:
+    tree = functools.reduce(lambda below, _: [below], range(901), np.ones(2))
+    with pytest.raises(errors.TreeError, match=r"below 901 keys \(0.0.0 ...\)"):
+        ckptkit.save(tmp_path / "c", tree)
+    assert os.listdir(tmp_path) == []
 
 
 def test_large_arrays_are_cut_into_chunks_and_come_back(tmp_path: Path, mesh: jax.sharding.Mesh) -> None:

@@ -331,7 +331,7 @@ def test_one_entry_without_keys_is_the_tree():
         [Entry((Key("\u0660", SEQUENCE),), "scalar")],
         [Entry((Key("x", SEQUENCE),), "scalar")],
         [Entry((Key("9" * 5_000, SEQUENCE),), "scalar")],
-        [entry(*["a"] * 501)],
+        [entry(*["a"] * 901)],
     ],
 )
 def test_entries_that_describe_no_tree_are_a_format_error(found):
@@ -340,7 +340,7 @@ def test_entries_that_describe_no_tree_are_a_format_error(found):
 
 
 def test_a_deep_tree_is_built_and_jax_can_flatten_it():
-    assert jax.tree.leaves(nest([entry(*["a"] * 500)], [7])) == [7]
+    assert jax.tree.leaves(nest([entry(*["a"] * 900)], [7])) == [7]
 
 
 @given(st.lists(st.builds(Entry, st.lists(keys, max_size=3).map(tuple), st.sampled_from(["scalar", "Dict"])), max_size=5))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -179,6 +181,40 @@ def test_only_large_arrays_that_shrink_are_compressed_unless_told_otherwise(tmp_
     assert sum(data.values()) < sizes[None]
     assert data["floats"] + data["small"] < sizes["auto"] < 1.05 * (data["floats"] + data["small"]) + 100_000
     assert sizes["zstd"] < sizes["auto"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class _Stateless:
+    """A node without children."""
+
+
+_RICH = ckptkit.options.PyTreeMetadataOptions(support_rich_types=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"pytree_metadata_options": _RICH}], ids=["plain", "rich"])
+@pytest.mark.parametrize(
+    ("tree", "bare"),
+    [
+        ({"opt": _Stateless()}, {"opt": None}),
+        (_Stateless(), None),
+        ([np.ones(1), _Stateless(), [_Stateless(), {}, 1]], [np.ones(1), None, [None, {}, 1]]),
+    ],
+)
+def test_nodes_without_children_are_none_to_both(tmp_path: Path, tree: Any, bare: Any, options: dict[str, Any]) -> None:
+    with ckptkit.Checkpointer(ckptkit.StandardCheckpointHandler(**options)) as checkpointer:
+        checkpointer.save(tmp_path / "c", tree)
+    for path in (tmp_path / "c", _saved(ocp, tmp_path, tree)):
+        assert_same(_restored(ckptkit, path), bare)
+        assert_same(_restored(ckptkit, path, tree), tree)
+        assert_same(_restored(ocp, path, tree), tree)
+
+
+def test_a_tree_of_600_levels_comes_back(tmp_path: Path) -> None:
+    tree = functools.reduce(lambda below, _: [below], range(600), {"a": np.ones(2)})
+    for library in (ckptkit, ocp):
+        found = _restored(ckptkit, _saved(library, tmp_path, tree))
+        assert jax.tree.structure(found) == jax.tree.structure(tree)
 
 
 _BACKENDS = [{}, {"use_zarr3": True}, {"use_ocdbt": False}, {"use_ocdbt": False, "use_zarr3": True}]

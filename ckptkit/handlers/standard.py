@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -109,7 +110,7 @@ def _check_tree(item: Any) -> None:
             "StandardCheckpointHandler / StandardSave does not support single arrays or scalars. Use ArrayCheckpointHandler / "
             "ArraySave, or put it into a dict."
         )
-    if tree.is_empty_node(item):
+    if isinstance(item, (Mapping, list, tuple)) and not item:
         raise errors.TreeError("Found empty item. A tree needs at least one entry; even {'a': None} is one.")
 
 

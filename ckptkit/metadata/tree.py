@@ -32,6 +32,7 @@ from ckptkit.metadata.json import (
 
 __all__ = [
     "DICT",
+    "MAX_DEPTH",
     "SEQUENCE",
     "TREE_FILE",
     "Entry",
@@ -49,6 +50,9 @@ TREE_FILE = "_METADATA"
 SEQUENCE = 1
 DICT = 2
 
+MAX_DEPTH = 900
+"""Keys on the way to a leaf: jax flattens with the interpreter's recursion limit, 1000 unless the program raised it."""
+
 _EMPTY_NODES: dict[str, Callable[[], Any]] = {
     "None": lambda: None,
     "Dict": dict,
@@ -56,7 +60,6 @@ _EMPTY_NODES: dict[str, Callable[[], Any]] = {
     "Tuple": tuple,
     "NamedTuple": lambda: None,  # without a target nothing says which; Orbax gives None too
 }
-_MAX_DEPTH = 500  # jax flattens with the interpreter's recursion limit, 1000 unless the program raised it
 
 
 class Key(NamedTuple):
@@ -247,7 +250,7 @@ def nest(entries: Sequence[Entry], values: Sequence[Any], where: str = TREE_FILE
 
     Raises:
       errors.FormatError: no entries, two for one place, a leaf that has leaves below it, keys and positions in one container,
-        positions that are not 0 to n-1, or more than 500 keys on the way to a leaf.
+        positions that are not 0 to n-1, or more than `MAX_DEPTH` keys on the way to a leaf.
     """
     if not entries:
         raise malformed(where, "no leaves at all")
@@ -267,8 +270,8 @@ def nest(entries: Sequence[Entry], values: Sequence[Any], where: str = TREE_FILE
 def _place(number: int, entries: Sequence[Entry], root: _Node, nodes: list[tuple[_Node, int, int]], where: str) -> None:
     """Puts an entry into its node, and makes the nodes that lead to it."""
     keys = entries[number].keys
-    if not 0 < len(keys) <= _MAX_DEPTH:
-        raise malformed(where, f"an entry of {len(keys)} keys among {len(entries)} entries, expected 1 to {_MAX_DEPTH}")
+    if not 0 < len(keys) <= MAX_DEPTH:
+        raise malformed(where, f"an entry of {len(keys)} keys among {len(entries)} entries, expected 1 to {MAX_DEPTH}")
     node = root
     for depth, key in enumerate(keys[:-1], 1):
         child = node.get(key)

@@ -14,6 +14,7 @@ from ckptkit._recent import Recent
 from ckptkit.grid import ArraySpec, Index
 from ckptkit.leaves.base import Kinds, Leaf, LeafSpec, Problem, SaveArgs, TypeHandler
 from ckptkit.meeting import current_meeting
+from ckptkit.metadata.tree import MAX_DEPTH, Key
 from ckptkit.options import StorageOptions
 from ckptkit.pipeline import answers
 from ckptkit.pipeline.limits import BATCH_BYTE_SIZE, BATCH_LEAVES
@@ -226,6 +227,7 @@ def _plan(  # noqa: PLR0913, PLR0917 - what `plan_save` is given, and what it ha
     problems: dict[int, str],
 ) -> SavePlan:
     job = current_meeting().job
+    _refuse_depth(structure)
     for each in members:
         each.firsts = [
             Leaf(tree.key_path(structure.keys[i]), structure.names[i], values[i], _checked(args[i], i, problems))
@@ -250,6 +252,16 @@ def _plan(  # noqa: PLR0913, PLR0917 - what `plan_save` is given, and what it ha
     ]
     empty = {i: tree.hollow(values[i]) for i in range(len(values)) if i not in stored} if len(stored) < len(values) else {}
     return SavePlan(structure, empty, groups, backend, options, max_inflight_bytes, registry)
+
+
+def _refuse_depth(structure: tree.Structure) -> None:
+    """Refuses a tree that a restore could not build."""
+    keys: Sequence[Key] = max(structure.keys, key=len, default=())
+    if len(keys) > MAX_DEPTH:
+        raise errors.TreeError(
+            f"A leaf lies below {len(keys)} keys ({'.'.join(tree.key_path(keys[:3]))} ...), a checkpoint holds trees of at most "
+            f"{MAX_DEPTH}: keep what is nested so deeply in a list."
+        )
 
 
 def _sound(found: Sequence[LeafSpec | Problem]) -> Sequence[LeafSpec]:
