@@ -352,7 +352,7 @@ class Registry:
         """The place that a path or a URL names. A leading '~' is the home directory; relative paths start from the current one.
 
         Raises:
-          errors.ArgsError: an empty path, or one that is not text.
+          errors.ArgsError: an empty path, or one that is not text, or not UTF-8.
           errors.RegistryError: no factory is registered for the URL's scheme.
         """
         if isinstance(path_or_url, Location):
@@ -366,7 +366,7 @@ class Registry:
                 return self._factory(scheme.lower(), path)(path)
             if self._get(self._schemes, scheme.lower()) is not None:
                 raise errors.ArgsError(f"{path!r} is a URL that lost a '/' in pathlib.Path; give a str or an epath.Path instead.")
-        return self._factory("file", path)(os.path.expanduser(path))
+        return self._factory("file", path)(_checked_text(os.path.abspath(os.path.expanduser(path))))
 
     def _factory(self, scheme: str, path: str) -> Factory:
         if (factory := self._get(self._schemes, scheme)) is not None:
@@ -404,7 +404,16 @@ def _checked_path(path: Any) -> str:
         raise errors.ArgsTypeError(f"{path!r} is not a path: expected a str or os.PathLike, not {type(text).__qualname__}.")
     if not text or "\0" in text:
         raise errors.ArgsError(f"{text!r} is not a path: it is empty, or holds a NUL character.")
-    return text
+    return _checked_text(text)
+
+
+def _checked_text(path: str) -> str:
+    """The path, which stores take as UTF-8: a directory may have other bytes for a name, which Python shows as lone surrogates."""
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise errors.ArgsError(f"{path!r} is not UTF-8; rename the directory, or choose another path.") from error
+    return path
 
 
 def _names(classes: Sequence[type]) -> str:

@@ -7,6 +7,7 @@ import functools
 import gc
 import json
 import os
+import sys
 import weakref
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -352,6 +353,26 @@ def test_restore_args_say_how_each_leaf_is_restored(tmp_path: Path, mesh: jax.sh
     }
     assert_same(ckptkit.restore(tmp_path / "c", args.PyTreeRestore(restore_args=restore_args)), expected)
     assert_same(ckptkit.PyTreeCheckpointer().restore(tmp_path / "c", restore_args=restore_args), expected)
+
+
+@pytest.mark.parametrize("base", ["", "memory://text/"])
+def test_a_path_that_is_not_utf8_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = base + os.fsdecode(b"caf\xe9")
+    for use in (lambda: ckptkit.save(path, TREE), lambda: ckptkit.restore(path), lambda: ckptkit.verify(path)):
+        with pytest.raises(errors.ArgsError, match=r"'.*caf\\udce9' is not UTF-8"):
+            use()
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_relative_path_in_a_directory_that_is_not_utf8_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = os.path.join(tmp_path, os.fsdecode(b"caf\xe9"))
+    os.mkdir(directory)
+    monkeypatch.chdir(directory)
+    with pytest.raises(errors.ArgsError, match="is not UTF-8"):
+        ckptkit.save("c", TREE)
+    assert os.listdir(directory) == []
 
 
 def test_a_tree_too_deep_to_be_restored_is_refused(tmp_path: Path) -> None:

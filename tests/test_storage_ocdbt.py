@@ -621,18 +621,19 @@ def test_damaged_metadata_of_orbax_says_nothing_about_missing_chunks(location, c
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("error", "expected"),
     [
-        ("NOT_FOUND: Manifest not found", errors.NotFoundError),
-        ("DATA_LOSS: Error decoding", errors.CorruptCheckpointError),
-        ("Invalid key", errors.CorruptCheckpointError),
-        ("UNAVAILABLE: connection refused", errors.StorageError),
-        ("PERMISSION_DENIED: no [os_error_code='13']", errors.StorageError),
-        ("NOT_FOUND: no [os_error_code='2']", errors.NotFoundError),
+        (ValueError("NOT_FOUND: Manifest not found"), errors.NotFoundError),
+        (ValueError("DATA_LOSS: Error decoding"), errors.CorruptCheckpointError),
+        (ValueError("Invalid key"), errors.CorruptCheckpointError),
+        (ValueError("UNAVAILABLE: connection refused"), errors.StorageError),
+        (ValueError("PERMISSION_DENIED: no [os_error_code='13']"), errors.StorageError),
+        (ValueError("NOT_FOUND: no [os_error_code='2']"), errors.NotFoundError),
+        (TypeError("Unable to cast Python instance"), errors.StorageError),
     ],
 )
-def test_what_tensorstore_says_while_reading_becomes_one_of_our_errors(text, expected):
-    assert type(reading_error(ValueError(text), "/there")) is expected
+def test_what_tensorstore_says_while_reading_becomes_one_of_our_errors(error, expected):
+    assert type(reading_error(error, "/there")) is expected
 
 
 # Failures while writing, and the ends of things.

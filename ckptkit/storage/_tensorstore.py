@@ -51,7 +51,7 @@ def reading_error(error: BaseException, path: str) -> errors.CheckpointError:
     text = str(error)
     if text.startswith("NOT_FOUND:"):
         return errors.NotFoundError(errno.ENOENT, f"a required file is missing: {text}", path)
-    if _UNAVAILABLE.match(text):
+    if _UNAVAILABLE.match(text) or isinstance(error, TypeError):  # a path or an argument that it does not take is not damaged
         return errors.StorageError(None, f"cannot read: {text}", path)
     return errors.CorruptCheckpointError(f"{path}: cannot be decoded: {text}")
 
