@@ -285,6 +285,11 @@ def test_python_complex_numbers_come_back(path: Path, handler: str) -> None:
     checkpointer = {"Standard": _standard, "PyTree": _pytree}[handler]()
     checkpointer.save(path, {"a": 1 + 2j})
     assert checkpointer.restore(path) == {"a": 1 + 2j}
+    assert ocp.PyTreeCheckpointer().restore(path) == {"a": 1 + 2j}
+    with ocp.StandardCheckpointer() as theirs:
+        assert theirs.restore(path, {"a": np.zeros((), complex)}) == {"a": 1 + 2j}
+        with pytest.raises(ValueError, match="complex"):
+            theirs.restore(path)
 
 
 def test_swapped_bytes_come_back_in_the_machines_order(path: Path) -> None:
