@@ -27,7 +27,7 @@ from ckptkit._filesystem import discard, exchange, remove, sync, sync_tree
 from ckptkit._locks import Lock, try_lock
 from ckptkit.file_list import FILE_LIST
 from ckptkit.location import FileLocation, Location, MarkerLocation, mapped_os_errors
-from ckptkit.metadata.step import STEP_FILE
+from ckptkit.metadata.step import STEP_FILE, decode_step
 from ckptkit.reports import CleanReport
 from ckptkit.restoration import Restoration, current_restoration
 
@@ -49,6 +49,8 @@ _ASIDE_SUFFIX = f".ckptkit-old{TEMPORARY_SUFFIX}"
 _MAX_ATTEMPTS: Final = 100
 _PAUSE_SECS: Final = 0.1
 """Until processes look again that see different checkpoints: clients of NFS keep what they know of directories for seconds."""
+_FOREIGN_SECS: Final = 120
+"""For so long after its last change, an unfinished save of another program's is taken to be under way."""
 
 
 def resolve(location: Location) -> Location:
@@ -191,7 +193,7 @@ def begin(location: Location, *, force: bool, mode: int | None) -> AnyPending:
 
     Raises:
       errors.ExistsError: the destination exists, and `force` is False.
-      errors.BusyError: another writer is saving to it.
+      errors.BusyError: another writer is saving to it, or another program's has done so just now.
       errors.StorageError: the directory cannot be made, or the store refuses.
       errors.ArgsError: the name is reserved, or the place is of a kind that can only be read.
     """
@@ -204,12 +206,13 @@ def begin(location: Location, *, force: bool, mode: int | None) -> AnyPending:
 
 
 def _begin(path: str, *, force: bool, mode: int | None) -> Pending:
-    """A locked, empty temporary directory; what a killed save left there is removed."""
+    """A locked, empty temporary directory; what a killed save left there is removed, another program's after two minutes."""
     check_free(path, force=force)
     with mapped_os_errors(path, "prepare the save"):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         lock = _locked_directory(path + TEMPORARY_SUFFIX, path)
         try:
+            _refuse_foreign(path)
             _settle(path)
         except BaseException:
             lock.close()  # what was found stays
@@ -352,6 +355,36 @@ def _is_foreign(temporary: str) -> bool:
     """Whether another program, Orbax that is, made a temporary directory: it begins with the file that `Saving` ends with."""
     names = set(os.listdir(temporary))
     return STEP_FILE in names and FILE_LIST not in names
+
+
+def _refuse_foreign(path: str) -> None:
+    """Raises errors.BusyError where another program has written to the temporary directory just now; it takes no lock of ours."""
+    temporary = path + TEMPORARY_SUFFIX
+    if not _is_foreign(temporary) or _was_committed(temporary):
+        return
+    within = [os.path.join(directory, name) for directory, folders, names in os.walk(temporary) for name in (*folders, *names)]
+    age = time.time() - max(_changed_at(each) for each in (temporary, *within))
+    if age < _FOREIGN_SECS:
+        raise errors.BusyError(
+            f"{path}: another program, such as Orbax, is saving to this path ({temporary} changed {max(0, age):.0f} s ago); wait for "
+            "it. Where it is known to be dead, remove that directory."
+        )
+
+
+def _was_committed(directory: str) -> bool:
+    """Whether a directory was a checkpoint, of which an overwrite leaves the rest in the temporary directory when it is killed."""
+    try:
+        metadata = decode_step(FileLocation(directory).read_bytes(STEP_FILE), directory)
+    except errors.CheckpointError:  # it is being written
+        return False
+    return metadata.commit_timestamp_nsecs is not None
+
+
+def _changed_at(path: str) -> float:
+    try:
+        return os.lstat(path).st_mtime
+    except FileNotFoundError:  # its writer is alive
+        return time.time()
 
 
 def _put_back(old: str, path: str, *, exchanged: bool) -> None:

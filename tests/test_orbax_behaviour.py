@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -790,3 +794,50 @@ def test_the_shape_asked_of_keys_is_the_keys(path: Path) -> None:
     assert_same(restored((3,)), {"a": keys})
     with pytest.raises(ValueError, match="requested"):
         restored((3, 2))
+
+
+class _CallingHandler(ocp.CheckpointHandler):  # type: ignore[misc]  # Orbax has no types
+    """Calls a function while Orbax saves."""
+
+    def save(self, directory: epath.Path, args: _Meanwhile) -> None:
+        (directory / "data").write_text("theirs")
+        args.call()
+
+    def restore(self, directory: epath.Path, args: Any = None) -> str:
+        return (directory / "data").read_text()
+
+
+@ocp.args.register_with_handler(_CallingHandler, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class _Meanwhile(ocp.args.CheckpointArgs):  # type: ignore[misc]  # Orbax has no types
+    call: Callable[[], None] = lambda: None
+
+
+def test_a_path_that_orbax_is_saving_to_is_busy(path: Path) -> None:
+    def save() -> None:
+        with pytest.raises(errors.BusyError, match="such as Orbax, is saving to this path"):
+            ckptkit.save(path, {"a": 1})
+
+    with ocp.Checkpointer(_CallingHandler()) as theirs:
+        theirs.save(path, args=_Meanwhile(save))
+        assert theirs.restore(path) == "theirs"
+
+
+def test_what_orbax_left_some_time_ago_is_tidied(path: Path) -> None:
+    temporary = path.with_name(f"{path.name}.orbax-checkpoint-tmp")
+    with ocp.Checkpointer(_CallingHandler()) as theirs:
+        theirs.save(path, args=_Meanwhile(lambda: shutil.copytree(temporary, path.with_name("killed"))))
+    shutil.rmtree(path)
+    os.rename(path.with_name("killed"), temporary)
+    for each in (temporary, *temporary.rglob("*")):
+        os.utime(each, (0, 0))
+    ckptkit.save(path, {"a": 1})
+    assert os.listdir(path.parent) == ["checkpoint"]
+
+
+def test_what_an_overwrite_of_orbaxs_checkpoint_left_is_tidied_at_once(path: Path) -> None:
+    with ocp.Checkpointer(_CallingHandler()) as theirs:
+        theirs.save(path, args=_Meanwhile())
+    os.rename(path, path.with_name(f"{path.name}.orbax-checkpoint-tmp"))
+    ckptkit.save(path, {"a": 1})
+    assert os.listdir(path.parent) == ["checkpoint"]
