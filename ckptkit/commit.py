@@ -366,13 +366,13 @@ def _refuse_foreign(path: str) -> None:
     age = time.time() - max(_changed_at(each) for each in (temporary, *within))
     if age < _FOREIGN_SECS:
         raise errors.BusyError(
-            f"{path}: another program, such as Orbax, is saving to this path ({temporary} changed {max(0, age):.0f} s ago); wait for "
-            "it. Where it is known to be dead, remove that directory."
+            f"{path}: another program, such as Orbax, is saving to this path ({temporary} changed {max(0, age):.0f} s ago); wait "
+            "for it. Where it is known to be dead, remove that directory."
         )
 
 
 def _was_committed(directory: str) -> bool:
-    """Whether a directory was a checkpoint, of which an overwrite leaves the rest in the temporary directory when it is killed."""
+    """Whether a directory was a checkpoint, the rest of which a killed overwrite leaves in the temporary directory."""
     try:
         metadata = decode_step(FileLocation(directory).read_bytes(STEP_FILE), directory)
     except errors.CheckpointError:  # it is being written

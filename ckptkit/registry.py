@@ -408,7 +408,7 @@ def _checked_path(path: Any) -> str:
 
 
 def _checked_text(path: str) -> str:
-    """The path, which stores take as UTF-8: a directory may have other bytes for a name, which Python shows as lone surrogates."""
+    """The path, which stores take as UTF-8; other bytes in the name of a directory are lone surrogates to Python."""
     try:
         path.encode()
     except UnicodeEncodeError as error:

@@ -23,7 +23,7 @@ __all__ = ["Structure", "flatten", "flatten_alike", "hollow", "is_empty_node", "
 
 
 def is_empty_node(value: Any) -> bool:
-    """Whether a node holds nothing: None, a dict, list or tuple (named ones too) without entries, a node of a class without any."""
+    """Whether a node holds nothing: None, or a dict, list, tuple (named ones too) or node of another class without entries."""
     kind: Any = type(value)
     return _may_be_empty(kind) and (not value if _is_container(kind) else _is_childless(value))
 
@@ -31,7 +31,7 @@ def is_empty_node(value: Any) -> bool:
 @functools.lru_cache(maxsize=1024)
 def _may_be_empty(kind: Any) -> bool:
     """By type, and remembered: asking 10,000 arrays what they are takes longer than flattening the tree."""
-    return not issubclass(kind, (jax.Array, np.ndarray, np.generic, numbers.Number, str))
+    return not issubclass(kind, (jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic, numbers.Number, str))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from ckptkit import args as args_lib
-from ckptkit import errors, tree
+from ckptkit import errors
 from ckptkit.handlers.base import DeferredPathAsyncCheckpointHandler, DelegatingHandler, PathAwaitingCreation, folded_args
 from ckptkit.handlers.pytree import PyTreeCheckpointHandler
 from ckptkit.metadata.values import TreeMetadata
