@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -378,6 +378,24 @@ def test_where_no_thread_starts_the_caller_does_the_work(
     checkpointer.save(tmp_path / "c", {"a": np.ones(1 << 20), "b": np.ones(1 << 20)})
     assert not checkpointer.is_saving_in_progress()
     assert ckptkit.restore(tmp_path / "c")["b"].sum() == 1 << 20
+
+
+def test_another_thread_may_wait_while_the_thread_of_a_save_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpointer = ckptkit.StandardCheckpointer()
+    start = threading.Thread.start
+    waited = []
+
+    def start_slowly(thread: threading.Thread) -> None:
+        if thread.name == "ckptkit-commit":
+            with ThreadPoolExecutor() as others:
+                waited.append(others.submit(checkpointer.wait_until_finished).exception(30))
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_slowly)
+    checkpointer.save(tmp_path / "c", {"a": 1})
+    assert waited == [None]
+    checkpointer.close()
+    assert ckptkit.restore(tmp_path / "c") == {"a": 1}
 
 
 @pytest.mark.parametrize("use", ["wait_until_finished", "close", "save", "restore"])
