@@ -198,7 +198,7 @@ class AsyncCheckpointer(Checkpointer):
     def _late(self, timeout_secs: float | None) -> errors.TimeoutError:
         return errors.TimeoutError(
             f"the save in the background did not finish within {timeout_secs} s; it goes on. Wait again, or allow more "
-            "time with AsyncOptions(timeout_secs=...)."
+            "time: `timeout_secs` of AsyncOptions or of `join`, `timeout` of `SaveHandle.result`."
         )
 
 

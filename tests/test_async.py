@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ import pytest
 from etils import epath
 
 import ckptkit
-from ckptkit import args, errors, saving
+from ckptkit import args, commit, errors, saving
 from ckptkit.handlers import PathAwaitingCreation
+from ckptkit.options import AsyncOptions
 from ckptkit.testing import assert_same
 
 SIZE = 1 << 22
@@ -109,6 +111,20 @@ def test_waiting_ends_with_a_typed_error_where_time_is_over(tmp_path: Path, fail
         failing.join(0.001)
     with pytest.raises(errors.AsyncSaveError):
         failing.wait_until_finished()
+
+
+def test_a_blocking_save_takes_as_long_as_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync_tree = commit.sync_tree
+
+    def sync_slowly(*arguments: Any) -> None:
+        time.sleep(0.2)
+        sync_tree(*arguments)
+
+    monkeypatch.setitem(AsyncOptions.__init__.__kwdefaults__, "timeout_secs", 0.01)
+    monkeypatch.setattr(commit, "sync_tree", sync_slowly)
+    ckptkit.save(tmp_path / "c", {"a": 1})
+    ckptkit.save(tmp_path / "d", args.StandardSave({"a": 1}))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "d"]
 
 
 def test_saves_work_inside_a_running_event_loop(tmp_path: Path) -> None:
