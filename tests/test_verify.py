@@ -452,6 +452,58 @@ def test_the_command_line_runs_as_a_module_and_touches_no_device(tmp_path: Path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "nothing to do\n", "")
 
 
+def shell(command: str, **environment: str) -> tuple[int, str]:
+    """Runs `$CKPTKIT` in a shell: its exit status, and what it wrote to stderr."""
+    environment = {**os.environ, "CKPTKIT": f"{sys.executable} -m ckptkit", **environment}
+    done = subprocess.run(["/bin/sh", "-c", command], env=environment, capture_output=True, timeout=60, check=False)
+    return done.returncode, done.stderr.decode()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such shell")
+@pytest.mark.parametrize("state", ["whole", "corrupt", "unchecked"])
+def test_a_reader_that_leaves_early_changes_no_exit_status(tmp_path: Path, state: str) -> None:
+    save(tmp_path / "c")
+    if state == "corrupt":
+        spoil(tmp_path / "c", BYTES)
+    elif state == "unchecked":
+        (tmp_path / "c" / FILE_LIST).unlink()
+    expected = {"whole": 0, "corrupt": 1, "unchecked": 2}[state]
+    # The reader has left before anything is written: it holds the pipe open no longer than `true` runs.
+    command = f'{{ $CKPTKIT verify -v "{tmp_path / "c"}"; echo $? >&2; }} | true'
+    assert shell(command) == (0, f"{expected}\n")
+    assert shell(f'$CKPTKIT verify "{tmp_path / "c"}" >&-') == (expected, "")
+    assert shell(f'$CKPTKIT verify "{tmp_path / "c"}" 2>&-') == (expected, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_what_cannot_be_printed_says_nothing_of_the_checkpoint(tmp_path: Path) -> None:
+    spoil(save(tmp_path / "c"), BYTES)
+    for command in (f'verify "{tmp_path / "c"}"', "plugins"):
+        status, complaint = shell(f"$CKPTKIT {command} > /dev/full")
+        assert (status, complaint.count("\n")) == (2, 1), complaint
+        assert "what was found cannot be printed: [Errno 28]" in complaint
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such shell")
+def test_what_an_encoding_lacks_is_printed_escaped(tmp_path: Path) -> None:
+    save(tmp_path / "\u00e9")
+    command = f'$CKPTKIT verify "{tmp_path / "*"}" >&2'.replace('*"', '"*')
+    status, printed = shell(command, PYTHONIOENCODING="ascii")
+    assert (status, r"/\xe9: whole: every byte" in printed) == (0, True), printed
+
+
+def test_a_command_that_fails_says_nothing_of_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*arguments: Any, **options: Any) -> None:
+        raise ZeroDivisionError("somewhere deep")
+
+    monkeypatch.setattr(cli, "verify", fails)
+    status, out, err = run("verify", str(tmp_path), capsys=capsys)
+    assert (status, out) == (2, "")
+    assert "ZeroDivisionError: somewhere deep\nckptkit: failed; this says nothing" in err
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
 @pytest.mark.parametrize("tqdm", ["tqdm", "nothing"])
 def test_a_terminal_sees_progress(tmp_path: Path, tqdm: str) -> None:
