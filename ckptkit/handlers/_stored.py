@@ -277,10 +277,11 @@ class StoredTree:
         return records
 
     def _open(self) -> Reader:
-        if (backend := answers.recognising(self._registry, self.location)) is not None:
+        writers = {} if self.index is None else self.index.storage
+        if (backend := answers.recognising(self._registry, self.location, writers)) is not None:
             with answers.calling(self._registry, backend, "reader") as asked:
                 return answers.instance(asked, backend.reader(self.location), Reader)
-        for name, provider in ({} if self.index is None else self.index.storage).items():
+        for name, provider in writers.items():
             if all(name != known.name for known in self._registry.storages()):
                 raise errors.RegistryError(
                     f"{self.location.url} is stored by the storage backend {name!r}, which is not registered here: "
