@@ -75,7 +75,7 @@ def _verify(command: argparse.ArgumentParser) -> Run:
         status = _STATUS[report.state]
         if options.json:
             return status, _json({"state": report.state, **attrs.asdict(report)})
-        shown = [part for part in (*report.files, *report.leaves) if options.verbose or part.state == "corrupt"]
+        shown = [part for part in (*report.files, *report.leaves) if options.verbose or part.problem]
         lines = [f"{part.state}  {part.name}  {part.byte_count} bytes{part.problem and ': '}{part.problem}" for part in shown]
         speed = f"{report.byte_count / 1e6:.1f} MB in {report.total_secs:.2f} s"
         counts = f"{len(report.files)} files, {len(report.leaves)} leaves, {len(report.corrupt)} corrupt"

@@ -638,6 +638,40 @@ def test_a_save_lists_no_file_of_another_one_in_the_same_place(request: pytest.F
     assert list(listed.files) == ["a"]
 
 
+@pytest.mark.parametrize("place", ["alone", "item", "relative", "memory"])
+def test_files_that_came_later_than_the_list_say_nothing_of_the_leaves(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+    place: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    target: Any = {"alone": tmp_path / "c", "item": tmp_path / "c", "relative": "c", "memory": "memory://test-verify/e"}[place]
+    root = ckptkit.default_registry().location(target)
+    request.addfinalizer(root.delete)
+    tree = {"raw": jnp.arange(2, dtype=jnp.uint32)}
+    ckptkit.save("keys", {"raw": jax.random.key(0)})
+    ckptkit.save(target, args.Composite(state=args.StandardSave(tree)) if place == "item" else tree)
+    prefix, of_item = ("state/", (lambda item: item["state"])) if place == "item" else ("", lambda tree: tree)
+    root.write_bytes(f"{prefix}array_metadatas/process_1", Path("keys/array_metadatas/process_0").read_bytes())
+    assert_same(of_item(ckptkit.restore(target)), tree)
+    with ckptkit.Checkpointer() as checkpointer:
+        assert of_item(checkpointer.metadata(target).item_metadata)["raw"].dtype == np.uint32
+    assert ckptkit.inspection.info(target).items[0].leaf_typestrs == {"jax.Array": 1}
+    status, out, _ = run("verify", str(target), capsys=capsys)
+    assert status == 0
+    assert f"unchecked  {prefix}array_metadatas/process_1  0 bytes: came later than the list of files" in out
+
+
+def test_an_item_that_no_list_has_is_restored_with_all_of_its_files(tmp_path: Path) -> None:
+    save_composite(tmp_path / "c")
+    tree = {"key": jax.random.key(0), "w": jnp.arange(8.0)}
+    ckptkit.save(tmp_path / "other", args.Composite(late=args.StandardSave(tree)))
+    shutil.copytree(tmp_path / "other" / "late", tmp_path / "c" / "late")
+    assert_same(ckptkit.restore(tmp_path / "c", args.Composite(late=args.StandardRestore()))["late"], tree)
+
+
 @pytest.mark.parametrize("mark", [1, 1.0, False, "true", [True]])
 def test_a_listed_file_is_a_head_where_true_says_so_and_nothing_else(tmp_path: Path, mark: Any) -> None:
     body = json.dumps({"version": 1, "algorithm": "xxh3_64", "files": {"a": [1, "0" * 16, mark]}})[1:]

@@ -11,7 +11,7 @@ from typing import Any, Self
 from ckptkit import args as args_lib
 from ckptkit import errors, providers, tree
 from ckptkit._gc import paused_gc
-from ckptkit.file_list import read_file_list
+from ckptkit.file_list import is_stray, read_file_list
 from ckptkit.grid import Array, ArraySpec, Index
 from ckptkit.handlers._legacy import Aggregate, ArraysReader, document_of_names, read_aggregate
 from ckptkit.handlers.base import CheckpointHandler
@@ -103,6 +103,7 @@ class StoredTree:
       reader: gives the chunks.
       only_names: joined names are all that is stored of the tree, so that empty nodes cannot be told, nor keys that hold a '.'.
       lost: what is wrong with leaves that `found` gave up, by key path.
+      strays: files that would describe the tree, but came later than the checkpoint's list of files: they are not read.
     """
 
     @paused_gc()
@@ -123,6 +124,7 @@ class StoredTree:
         self._registry = registry
         self._aggregate_file = aggregate_file or AGGREGATE_FILE
         self.lost: dict[tuple[str, ...], errors.CheckpointError] = {}
+        self.strays: list[str] = []
         self.index: IndexDocument | None = self._optional(INDEX_FILE, decode_index, None)
         recorded: TreeDocument | None = self._optional(TREE_FILE, decode_tree, None)
         needed = recorded is None or any(map(_is_aggregated, recorded.entries))
@@ -271,9 +273,8 @@ class StoredTree:
     def _array_records(self) -> Mapping[str, array_documents.ArrayRecord]:
         """What each process that saved recorded of its arrays."""
         records: dict[str, array_documents.ArrayRecord] = {}
-        directory = self.location.child(array_documents.ARRAYS_DIRECTORY)
-        for name in directory.names():
-            records |= array_documents.decode_arrays(directory.read_bytes(name), f"{directory.url}/{name}")
+        for name in self.location.child(array_documents.ARRAYS_DIRECTORY).names():
+            records |= self._optional(f"{array_documents.ARRAYS_DIRECTORY}/{name}", array_documents.decode_arrays, {})
         return records
 
     def _open(self) -> Reader:
@@ -298,6 +299,9 @@ class StoredTree:
     def _optional(self, name: str, decode: Any, missing: Any) -> Any:
         """What a file says, or what its absence means."""
         if not self.location.exists(name):
+            return missing
+        if is_stray(self.location, name, TREE_FILE):
+            self.strays.append(name)
             return missing
         return decode(self.location.read_bytes(name), f"{self.location.url}/{name}")
 
