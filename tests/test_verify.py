@@ -22,7 +22,7 @@ import pytest
 import xxhash
 
 import ckptkit
-from ckptkit import args, cli, commit, errors, file_list
+from ckptkit import args, cli, commit, errors, file_list, inspection
 from ckptkit.file_list import FILE_LIST, read_file_list, write_file_list
 from ckptkit.location import FileLocation
 from ckptkit.meeting import Meeting
@@ -658,7 +658,7 @@ def test_files_that_came_later_than_the_list_say_nothing_of_the_leaves(
     assert_same(of_item(ckptkit.restore(target)), tree)
     with ckptkit.Checkpointer() as checkpointer:
         assert of_item(checkpointer.metadata(target).item_metadata)["raw"].dtype == np.uint32
-    assert ckptkit.inspection.info(target).items[0].leaf_typestrs == {"jax.Array": 1}
+    assert inspection.info(target).items[0].leaf_typestrs == {"jax.Array": 1}
     status, out, _ = run("verify", str(target), capsys=capsys)
     assert status == 0
     assert f"unchecked  {prefix}array_metadatas/process_1  0 bytes: came later than the list of files" in out
