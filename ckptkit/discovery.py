@@ -188,7 +188,7 @@ def _tell(host: pluggy.PluginManager, hook: str, **what: Any) -> bool:
     """Whether the host's plugin took it without raising."""
     try:
         getattr(host.hook, hook)(**what)
-    except Exception:
+    except (Exception, SystemExit):
         names = ", ".join(name for name, _ in host.list_name_plugin())
         _logger.exception("%s raised in %s; the checkpoint is not affected.", names, hook)
         return False
