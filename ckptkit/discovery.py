@@ -164,7 +164,7 @@ class Notifier:
 
     @functools.cached_property
     def _hosts(self) -> list[pluggy.PluginManager]:
-        """Found when first needed: making a checkpointer loads no plugin."""
+        """Found when first needed: whoever makes one need not load plugins for it."""
         return [*(plugin.host for plugin in ready(self._registry).plugins), *self._observers]
 
     def save_committed(self, report: SaveReport) -> None:

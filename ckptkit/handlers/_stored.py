@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from types import TracebackType
@@ -27,7 +28,7 @@ from ckptkit.pipeline import answers
 from ckptkit.registry import Registry
 from ckptkit.storage.base import Reader
 
-__all__ = ["StoredTree", "args_for_files", "handler_class_for", "item_folders"]
+__all__ = ["StoredTree", "args_for_files", "handler_class_for", "held_by", "item_folders"]
 
 _JSON_FILE = "metadata"
 
@@ -91,6 +92,14 @@ def handler_class_for(registry: Registry, location: Location, typestr: str) -> t
         listed = read_file_list(location)
         advice = providers.way_out(None if listed is None else listed.providers.get(typestr))
         raise errors.RegistryError(f"{location.url}: {error}\nThe handler is missing: {advice}.") from None
+
+
+def held_by(location: Location) -> str:
+    """What there is in a place, in words, for whoever took it for a checkpoint."""
+    if location.local_path is not None and os.path.isfile(location.local_path):
+        return "no arrays"  # a file that no storage backend recognises is not looked into
+    names = [f"{name}/" if is_directory else name for name, is_directory in location.names().items()]
+    return ", ".join(sorted(names)[:20]) or "nothing"
 
 
 class StoredTree:
@@ -235,9 +244,8 @@ class StoredTree:
     def _no_tree(self) -> errors.NotFoundError:
         items = item_folders(self.location, self._registry)
         hint = f" Items are restored with ckptkit.args.Composite({items[0]}=...)." if items else ""
-        held = _shown(self.location.names())
         return errors.NotFoundError(
-            f"{self.location.url} holds no {TREE_FILE}, so it is not a saved tree. It holds: {held}.{hint}"
+            f"{self.location.url} holds no {TREE_FILE}, so it is not a saved tree. It holds: {held_by(self.location)}.{hint}"
         )
 
     def _where(self, entry: Entry) -> str:
@@ -293,7 +301,7 @@ class StoredTree:
         known = ", ".join(repr(backend.name) for backend in self._registry.storages())
         raise errors.NotFoundError(
             f"{self.location.url} lists the leaves of a tree, but has no array data that a storage backend recognises (known: "
-            f"{known}; OCDBT needs manifest.ocdbt). It holds: {_shown(self.location.names())}."
+            f"{known}; OCDBT needs manifest.ocdbt). It holds: {held_by(self.location)}."
         )
 
     def _optional(self, name: str, decode: Any, missing: Any) -> Any:
@@ -331,7 +339,3 @@ class _NoArrays(Reader):
 
     def close(self) -> None:
         pass
-
-
-def _shown(names: Mapping[str, bool]) -> str:
-    return ", ".join(sorted(f"{name}/" if is_directory else name for name, is_directory in names.items())[:20]) or "nothing"
