@@ -264,6 +264,53 @@ def test_a_cast_that_changes_kind_warns_and_casting_forbids_it(tmp_path: Path) -
         ckptkit.restore(tmp_path / "c", args.StandardRestore({"a": np.empty(1, np.int32)}, casting="same_kind"))
 
 
+@pytest.mark.parametrize(
+    ("stored", "wanted"), [("float32", "int4"), ("complex64", "bfloat16"), ("int8", "uint4"), ("int2", "bool")]
+)
+def test_a_cast_that_changes_kind_warns_and_is_forbidden_for_dtypes_that_numpy_knows_little_of(
+    tmp_path: Path, stored: str, wanted: str
+) -> None:
+    ckptkit.save(tmp_path / "c", {"a": np.ones(2, jnp.dtype(stored))})
+    target = {"a": np.empty(2, jnp.dtype(wanted))}
+    with pytest.warns(UserWarning, match=rf"\('a',\): {stored} -> {wanted}"):
+        assert_same(ckptkit.restore(tmp_path / "c", target), {"a": np.ones(2, jnp.dtype(wanted))})
+    with pytest.raises(errors.TargetError, match="casting='same_kind' forbids it"):
+        ckptkit.restore(tmp_path / "c", args.StandardRestore(target, casting="same_kind"))
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted"), [("bfloat16", "float16"), ("float8_e4m3fn", "float8_e5m2"), ("int4", "int2"), ("int8", "bfloat16")]
+)
+def test_a_cast_within_a_kind_is_done_for_dtypes_that_numpy_knows_little_of(tmp_path: Path, stored: str, wanted: str) -> None:
+    ckptkit.save(tmp_path / "c", {"a": np.ones(2, jnp.dtype(stored))})
+    restored = ckptkit.restore(tmp_path / "c", args.StandardRestore({"a": np.empty(2, jnp.dtype(wanted))}, casting="same_kind"))
+    assert_same(restored, {"a": np.ones(2, jnp.dtype(wanted))})
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted", "is_safe"),
+    [
+        ("bfloat16", "float32", True),
+        ("bfloat16", "float16", False),
+        ("float8_e5m2", "float16", True),
+        ("float8_e8m0fnu", "float16", False),
+        ("float16", "bfloat16", False),
+        ("int4", "int8", True),
+        ("int4", "uint8", False),
+        ("uint8", "bfloat16", True),
+        ("int16", "bfloat16", False),
+    ],
+)
+def test_a_safe_cast_keeps_every_value(tmp_path: Path, stored: str, wanted: str, is_safe: bool) -> None:
+    ckptkit.save(tmp_path / "c", {"a": np.ones(2, jnp.dtype(stored))})
+    request = args.StandardRestore({"a": np.empty(2, jnp.dtype(wanted))}, casting="safe")
+    if is_safe:
+        assert_same(ckptkit.restore(tmp_path / "c", request), {"a": np.ones(2, jnp.dtype(wanted))})
+        return
+    with pytest.raises(errors.TargetError, match=f"stored dtype {stored}, requested dtype {wanted}; casting='safe' forbids it"):
+        ckptkit.restore(tmp_path / "c", request)
+
+
 def test_a_sharding_that_does_not_divide_the_shape_is_an_error_that_names_the_leaf(
     tmp_path: Path, mesh: jax.sharding.Mesh
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ckptkit import errors, reports
+from ckptkit._casts import can_cast
 from ckptkit._gc import paused_gc
 from ckptkit.grid import Array, ArraySpec, Index, chunk_indices, index_nbytes, index_shape, is_cell
 from ckptkit.index import IndexDocument
@@ -180,16 +181,11 @@ def _warn_of_casts(items: Sequence[RestoreItem]) -> None:
 
 
 def _changes_kind(stored: np.dtype[Any], wanted: Any) -> bool:
-    """Whether a cast goes from complex to real, or from floating to integer or bool."""
+    """Whether a cast goes to a kind of number that does not hold the stored one, as from complex to real."""
     try:
-        wanted = np.dtype(wanted)
+        return not can_cast(stored, np.dtype(wanted), "same_kind")
     except TypeError:  # a dtype of jax's own, such as a PRNG key's
         return False
-    if np.can_cast(stored, wanted, "same_kind"):
-        return False
-    if stored.kind == "c":
-        return True
-    return not np.can_cast(stored, np.int64, "same_kind") and np.can_cast(wanted, np.int64, "same_kind")
 
 
 class _Batch(NamedTuple):
