@@ -44,7 +44,12 @@ def can_cast(stored: np.dtype[Any], wanted: np.dtype[Any], casting: Any) -> bool
 
 
 def cast(numbers: Array, dtype: np.dtype[Any]) -> Array:
-    """The numbers as another dtype, without a warning; complex ones lose their imaginary part where it has none."""
+    """The numbers as another dtype, without a warning; complex ones lose their imaginary part where it has none.
+
+    They themselves where they are of that dtype.
+    """
+    if numbers.dtype == dtype:
+        return numbers
     held, wanted = kind_of(numbers.dtype), kind_of(dtype)
     if held == "c" and wanted not in "cb":
         numbers = numbers.real  # what numpy does too, with a warning of its own

@@ -57,6 +57,8 @@ def _dtype(stored: np.dtype[Any], request: RestoreArgs) -> np.dtype[Any] | Probl
         dtype: np.dtype[Any] = np.dtype(request.dtype)
     except TypeError as error:
         return Problem(f"dtype {request.dtype!r} was requested: {error}; ask for a dtype of numpy, such as jnp.bfloat16.")
+    if dtype == stored:  # as for most leaves, of which there may be many
+        return stored
     if kind_of(dtype) not in "buifc":
         return Problem(f"stored dtype {stored}, requested dtype {dtype}, which holds no numbers; ask for a dtype of numbers.")
     if not can_cast(stored, dtype, request.defaults.casting):
@@ -83,7 +85,7 @@ def fit(spec: LeafSpec, wanted: Wanted, index: Index, parts: Mapping[Index, Arra
         stored = clip(index, spec.array.shape)
         part = np.zeros(index_shape(index), spec.array.dtype)
         part[tuple(slice(0, n) for n in index_shape(stored))] = parts[stored]
-    return part if part.dtype == wanted.dtype else cast(part, wanted.dtype)
+    return cast(part, wanted.dtype)
 
 
 def whole_part(spec: LeafSpec, wanted: Wanted, parts: Mapping[Index, Array]) -> Array:

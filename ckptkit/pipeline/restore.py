@@ -115,6 +115,7 @@ def restore_leaves(
         _tell(damage, [item.key_path for item in items if item.key_path not in damage], where, on_corrupt)
         tracker.corrupt += damage
     sharing.end()
+    _refuse(items, leaves, where)
     return leaves
 
 
@@ -138,9 +139,15 @@ def _answers(items: Sequence[RestoreItem], registry: Registry) -> list[Any]:
 @paused_gc()
 def _needs(items: Sequence[RestoreItem], registry: Registry, where: str) -> list[Sequence[Index]]:
     needs = _answers(items, registry)
-    problems = [(item.key_path, need) for item, need in zip(items, needs, strict=True) if isinstance(need, Problem)]
+    _refuse(items, needs, where)
+    return needs
+
+
+def _refuse(items: Sequence[RestoreItem], found: Sequence[Any], where: str) -> None:
+    """Raises where a `Problem` was found for a leaf."""
+    problems = [(item.key_path, each) for item, each in zip(items, found, strict=True) if isinstance(each, Problem)]
     if not problems:
-        return needs
+        return
     lines = [f"{path}: {problem.message}" for path, problem in problems]
     if all(problem.topology for _, problem in problems):
         paths = ", ".join(str(path) for path, _ in problems[:3])
