@@ -87,12 +87,12 @@ class Checkpointer:
         Args:
           directory: a path or URL; made, with its parents.
           *args: one `CheckpointArgs`, or, with a handler, the fields of its save args (`save(path, tree)`).
-          force: replace a checkpoint that is already there; it stays whole until the new one is.
+          force: replace a checkpoint that is already there, which stays whole until the new one is; or a single file.
           custom_metadata: JSON that `metadata` returns.
           **kwargs: `args=` for the one `CheckpointArgs`, or fields by name.
 
         Raises:
-          errors.ExistsError: the destination exists, and `force` is False.
+          errors.ExistsError: the destination exists, and `force` is False, or it is a directory that is no checkpoint.
           errors.ArgsError: the args do not belong to the handler, or `multiprocessing_options` not to this job.
           errors.TreeError: lists every leaf that cannot be saved.
           errors.BusyError: another writer is saving to `directory`.
@@ -232,6 +232,8 @@ class Checkpointer:
                 saving = Saving(begin, meet, handler, step, tracker, self._notifier, start, owned=handler is not self._handler)
                 ending = saving
                 saving.begin()
+                if force and meet.job.is_primary:
+                    choosing.check_replaceable(registry, location)
                 with reports.tracking(tracker), meeting.attending(meet):
                     temporary: Any = begin.later() if deferred else begin().temporary.path
                     if isinstance(handler, AsyncCheckpointHandler):

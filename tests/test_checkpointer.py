@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 
@@ -130,6 +131,44 @@ def test_an_existing_checkpoint_is_kept_unless_forced(tmp_path: Path) -> None:
     ckptkit.save(tmp_path / "c", {"other": 1}, force=True)
     assert ckptkit.restore(tmp_path / "c") == {"other": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["c"]
+
+
+@pytest.mark.parametrize("held", ["checkpoints", "old checkpoints", "files"])
+@pytest.mark.parametrize("checkpointer_class", [ckptkit.PyTreeCheckpointer, ckptkit.StandardCheckpointer])
+def test_force_never_deletes_what_is_no_checkpoint(tmp_path: Path, checkpointer_class: Any, held: str) -> None:
+    runs = tmp_path / "runs"
+    (runs / "100").mkdir(parents=True)
+    (runs / "precious").write_text("precious")
+    if held != "files":
+        ckptkit.PyTreeCheckpointer(storage="zarr").save(runs / "100", TREE, force=True)  # over an empty directory
+    if held == "old checkpoints":
+        (runs / "100" / "ckptkit_files.json").unlink()
+    with checkpointer_class() as checkpointer, pytest.raises(errors.ExistsError, match=r"no checkpoint.*100.*delete it first"):
+        checkpointer.save(runs, {"a": 1}, force=True)
+    assert (runs / "precious").read_text() == "precious"
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    if held != "files":
+        assert_same(ckptkit.restore(runs / "100"), TREE)
+
+
+@pytest.mark.parametrize("left", ["_METADATA", "_CHECKPOINT_METADATA", "_sharding", "manifest.ocdbt", "ocdbt.process_0"])
+def test_force_replaces_what_is_left_of_a_checkpoint(tmp_path: Path, left: str) -> None:
+    ocp.PyTreeCheckpointer().save(tmp_path / "whole", {"a": jnp.ones(3)})
+    (tmp_path / "c").mkdir()
+    (tmp_path / "whole" / left).rename(tmp_path / "c" / left)
+    ckptkit.save(tmp_path / "c", {"a": 1}, force=True)
+    assert ckptkit.restore(tmp_path / "c") == {"a": 1}
+
+
+def test_force_replaces_a_file_and_a_link_but_not_what_it_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "precious").write_text("precious")
+    (tmp_path / "link").symlink_to("data")
+    for name in ("file", "link"):
+        ckptkit.save(tmp_path / name, {"a": 1}, force=True)
+        assert ckptkit.restore(tmp_path / name) == {"a": 1}
+    assert (tmp_path / "data" / "precious").read_text() == "precious"
 
 
 def test_a_missing_checkpoint_says_what_is_there(tmp_path: Path) -> None:
