@@ -13,7 +13,7 @@ import attrs
 
 from ckptkit import _lifetime, choosing, discovery, errors, meeting, reports, restoration
 from ckptkit._checks import a, given_options, optional
-from ckptkit.file_list import read_file_list
+from ckptkit.file_list import read_file_list, relying_on
 from ckptkit.handlers.base import AsyncCheckpointHandler, CheckpointHandler, DeferredPathAsyncCheckpointHandler, run_coroutine
 from ckptkit.location import Location
 from ckptkit.metadata.json import checked_custom
@@ -134,7 +134,7 @@ class Checkpointer:
                         if listed is not None:
                             listed.check(location, choosing.files_asked_for(args, kwargs))
                         handler, restore_args = self._restore_handler(registry, location, args, kwargs)
-                        with reports.tracking(tracker):
+                        with reports.tracking(tracker), relying_on(location, listed):
                             restored = handler.restore(location.path, args=restore_args)
                     finally:
                         tracker.finish()
@@ -169,7 +169,8 @@ class Checkpointer:
                 step = attrs.evolve(choosing.step_metadata(location), has_checksums=listed is not None, providers=providers)
                 handler = self._handler or choosing.stored_handler(registry, location, self._registry)
                 try:
-                    step = attrs.evolve(step, item_metadata=handler.metadata(location.path))
+                    with relying_on(location, listed):
+                        step = attrs.evolve(step, item_metadata=handler.metadata(location.path))
                 finally:
                     if handler is not self._handler:
                         handler.close()

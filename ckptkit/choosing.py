@@ -11,7 +11,7 @@ from ckptkit import args as args_lib
 from ckptkit import commit, errors
 from ckptkit._marker import is_of_commits
 from ckptkit.file_list import FILE_LIST
-from ckptkit.handlers._stored import args_for_files, handler_class_for, item_folders
+from ckptkit.handlers._stored import args_for_files, handler_class_for, held_by, item_folders
 from ckptkit.handlers.base import CheckpointHandler
 from ckptkit.index import INDEX_FILE
 from ckptkit.location import Location
@@ -141,9 +141,8 @@ def stored_handler(registry: Registry, location: Location, own: Registry | None 
         return make_handler(registry.handler_for_args(args_class, use="restore"), own)
     if recorded is not None or item_folders(location, registry):  # release 0.10.0 recorded an empty object of whatever it saved
         return make_handler(registry.handler_for_args(args_lib.Composite, use="restore"), own)
-    listed = ", ".join(sorted(location.names())) or "nothing"
     raise errors.FormatError(
-        f"{location.url} is no checkpoint: neither it nor a directory in it holds {TREE_FILE}. It holds: {listed}."
+        f"{location.url} is no checkpoint: neither it nor a directory in it holds {TREE_FILE}. It holds: {held_by(location)}."
     )
 
 
