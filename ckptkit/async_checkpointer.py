@@ -53,6 +53,7 @@ class AsyncCheckpointer(Checkpointer):
             self._options = attrs.evolve(self._options, timeout_secs=timeout_secs)
         self._thread: threading.Thread | None = None
         self._saving = threading.Lock()  # one save at a time, whoever calls
+        self._handing_over = threading.Lock()  # for an instant, by whoever changes `_thread`
 
     def save(
         self,
@@ -79,8 +80,9 @@ class AsyncCheckpointer(Checkpointer):
             try:
                 self._finish_in_thread(saving)
             except BaseException as error:
-                if saving.take():
-                    self._thread = None
+                with self._handing_over:
+                    taken = saving.take()
+                if taken:
                     saving.abandon(error)
                 raise
             saving.let_go()
@@ -115,8 +117,9 @@ class AsyncCheckpointer(Checkpointer):
             thread.join(_seconds(timeout_secs))
             if thread.is_alive():
                 raise self._late(timeout_secs)
-            if self._thread is thread:
-                self._thread = None
+            with self._handing_over:
+                if self._thread is thread:
+                    self._thread = None
         self.check_for_errors()
 
     def check_for_errors(self) -> None:
@@ -129,10 +132,11 @@ class AsyncCheckpointer(Checkpointer):
 
     def is_saving_in_progress(self) -> bool:
         """Whether a save is in flight."""
-        if self._thread is None:
+        thread = self._thread
+        if thread is None:
             return False
         _lifetime.refuse_fork()
-        return self._thread.is_alive()
+        return thread.is_alive()
 
     def close(self) -> None:
         """Waits for a save in flight, and releases the handler.
@@ -156,22 +160,27 @@ class AsyncCheckpointer(Checkpointer):
         """Starts the thread that commits; the caller commits where none starts, or none would be waited for."""
         if not _lifetime.exiting():
             # Not a daemon, so that the interpreter waits for it at exit.
-            self._thread = threading.Thread(target=self._finish, args=(saving,), name="ckptkit-commit", daemon=False)
+            thread = threading.Thread(target=self._finish, args=(saving,), name="ckptkit-commit", daemon=False)
             with contextlib.suppress(RuntimeError):  # no more threads, or the interpreter is about to exit
-                self._thread.start()
+                thread.start()
+                with self._handing_over:
+                    self._thread = thread  # only now, since nobody can wait for a thread that has not started
                 return
-        self._thread = threading.current_thread()
         saving.let_go()
         try:
             self._finish(saving)
         finally:
-            self._thread = None
+            with self._handing_over:
+                self._thread = None
         self.check_for_errors()
 
     def _finish(self, saving: Saving) -> None:
-        saving.hand_over(threading.current_thread())
-        if not saving.take():
-            return
+        thread = threading.current_thread()
+        saving.hand_over(thread)
+        with self._handing_over:
+            if not saving.take():
+                return
+            self._thread = thread  # also where Ctrl-C kept the caller from it
         try:
             saving.finish()
             if self._options.post_finalization_callback is not None:
@@ -189,7 +198,7 @@ class AsyncCheckpointer(Checkpointer):
     def _late(self, timeout_secs: float | None) -> errors.TimeoutError:
         return errors.TimeoutError(
             f"the save in the background did not finish within {timeout_secs} s; it goes on. Wait again, or allow more "
-            "time with AsyncOptions(timeout_secs=...)."
+            "time: `timeout_secs` of AsyncOptions or of `join`, `timeout` of `SaveHandle.result`."
         )
 
 

@@ -13,7 +13,7 @@ import attrs
 
 from ckptkit import _lifetime, choosing, discovery, errors, meeting, reports, restoration
 from ckptkit._checks import a, given_options, optional
-from ckptkit.file_list import read_file_list
+from ckptkit.file_list import read_file_list, relying_on
 from ckptkit.handlers.base import AsyncCheckpointHandler, CheckpointHandler, DeferredPathAsyncCheckpointHandler, run_coroutine
 from ckptkit.location import Location
 from ckptkit.metadata.json import checked_custom
@@ -87,12 +87,12 @@ class Checkpointer:
         Args:
           directory: a path or URL; made, with its parents.
           *args: one `CheckpointArgs`, or, with a handler, the fields of its save args (`save(path, tree)`).
-          force: replace a checkpoint that is already there; it stays whole until the new one is.
+          force: replace a checkpoint that is already there, which stays whole until the new one is; or a single file.
           custom_metadata: JSON that `metadata` returns.
           **kwargs: `args=` for the one `CheckpointArgs`, or fields by name.
 
         Raises:
-          errors.ExistsError: the destination exists, and `force` is False.
+          errors.ExistsError: the destination exists, and `force` is False, or it is a directory that is no checkpoint.
           errors.ArgsError: the args do not belong to the handler, or `multiprocessing_options` not to this job.
           errors.TreeError: lists every leaf that cannot be saved.
           errors.BusyError: another writer is saving to `directory`.
@@ -134,7 +134,7 @@ class Checkpointer:
                         if listed is not None:
                             listed.check(location, choosing.files_asked_for(args, kwargs))
                         handler, restore_args = self._restore_handler(registry, location, args, kwargs)
-                        with reports.tracking(tracker):
+                        with reports.tracking(tracker), relying_on(location, listed):
                             restored = handler.restore(location.path, args=restore_args)
                     finally:
                         tracker.finish()
@@ -169,7 +169,8 @@ class Checkpointer:
                 step = attrs.evolve(choosing.step_metadata(location), has_checksums=listed is not None, providers=providers)
                 handler = self._handler or choosing.stored_handler(registry, location, self._registry)
                 try:
-                    step = attrs.evolve(step, item_metadata=handler.metadata(location.path))
+                    with relying_on(location, listed):
+                        step = attrs.evolve(step, item_metadata=handler.metadata(location.path))
                 finally:
                     if handler is not self._handler:
                         handler.close()
@@ -232,6 +233,8 @@ class Checkpointer:
                 saving = Saving(begin, meet, handler, step, tracker, self._notifier, start, owned=handler is not self._handler)
                 ending = saving
                 saving.begin()
+                if force and meet.job.is_primary:
+                    choosing.check_replaceable(registry, location)
                 with reports.tracking(tracker), meeting.attending(meet):
                     temporary: Any = begin.later() if deferred else begin().temporary.path
                     if isinstance(handler, AsyncCheckpointHandler):

@@ -9,7 +9,9 @@ from typing import Any
 
 from ckptkit import args as args_lib
 from ckptkit import commit, errors
-from ckptkit.handlers._stored import args_for_files, handler_class_for, item_folders
+from ckptkit._marker import is_of_commits
+from ckptkit.file_list import FILE_LIST
+from ckptkit.handlers._stored import args_for_files, handler_class_for, held_by, item_folders
 from ckptkit.handlers.base import CheckpointHandler
 from ckptkit.index import INDEX_FILE
 from ckptkit.location import Location
@@ -24,6 +26,7 @@ __all__ = [
     "attempts",
     "belonging_args",
     "check_not_composite",
+    "check_replaceable",
     "files_asked_for",
     "is_description",
     "items_asked_for",
@@ -138,9 +141,8 @@ def stored_handler(registry: Registry, location: Location, own: Registry | None 
         return make_handler(registry.handler_for_args(args_class, use="restore"), own)
     if recorded is not None or item_folders(location, registry):  # release 0.10.0 recorded an empty object of whatever it saved
         return make_handler(registry.handler_for_args(args_lib.Composite, use="restore"), own)
-    listed = ", ".join(sorted(location.names())) or "nothing"
     raise errors.FormatError(
-        f"{location.url} is no checkpoint: neither it nor a directory in it holds {TREE_FILE}. It holds: {listed}."
+        f"{location.url} is no checkpoint: neither it nor a directory in it holds {TREE_FILE}. It holds: {held_by(location)}."
     )
 
 
@@ -156,3 +158,50 @@ def check_not_composite(location: Location, restore_args: args_lib.CheckpointArg
             f"{location.url} is a composite of {', '.join(sorted(recorded))}; restore it with "
             f"ckptkit.args.Composite(name={type(restore_args).__name__}(...)), or without args to get every item."
         )
+
+
+_ROOT_MARKS = {FILE_LIST, STEP_FILE}
+_MARKS = _ROOT_MARKS | _DESCRIPTIONS | {ARRAYS_DIRECTORY}
+
+
+def check_replaceable(registry: Registry, location: Location) -> None:
+    """Refuses to replace what is no checkpoint: somebody's other files, or a directory that checkpoints lie in.
+
+    A single file and a link are replaced, and so is what is left of a checkpoint, as long as a file says that it was one.
+
+    Raises:
+      errors.ExistsError: names what is there.
+      errors.StorageError: it cannot be listed.
+    """
+    if location.local_path is not None and os.path.islink(location.local_path):
+        return  # what it leads to stays
+    names = location.names()
+    if not names or any(map(_is_mark, names)):
+        return
+    within = sorted(name for name, is_directory in names.items() if is_directory and _is_root(location, name))
+    if not within and _has_no_mark_but_is_one(registry, location):
+        return
+    held = f"checkpoints{errors.first_of(within)}" if within else f"something else{errors.first_of(sorted(names))}"
+    raise errors.ExistsError(
+        f"Destination {location.url} is no checkpoint, and force=True replaces nothing else: it holds {held}. Save to another "
+        "path, or move it away or delete it first."
+    )
+
+
+def _is_mark(name: str) -> bool:
+    """Whether a file or directory of this name, where a checkpoint would be, says that there was one; others may be gone."""
+    return name in _MARKS or is_of_commits(name) or name.startswith("ocdbt.") or name.endswith(".ocdbt")
+
+
+def _is_root(location: Location, name: str) -> bool:
+    """Whether a directory is that of a whole checkpoint, as opposed to that of an item of one."""
+    with contextlib.suppress(errors.FormatError):  # a link that leads elsewhere
+        return any(held in _ROOT_MARKS or is_of_commits(held) for held in location.child(name).names())
+    return False
+
+
+def _has_no_mark_but_is_one(registry: Registry, location: Location) -> bool:
+    """Whether the files that are there tell which handler restores them; what cannot be understood does not."""
+    with contextlib.suppress(errors.FormatError, errors.CorruptCheckpointError, errors.NotFoundError):
+        return args_for_files(location, registry) is not None or bool(item_folders(location, registry))
+    return False

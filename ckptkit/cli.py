@@ -2,7 +2,8 @@
 
 Exit status: 0, all is well (verify: the checkpoint is whole); 1, something is wrong with a checkpoint (verify: bytes differ
 from what was written, or are missing); 2, it cannot be told (verify: no checksums to compare with; no checkpoint; files that
-cannot be read; wrong arguments).
+cannot be read; wrong arguments), or what was found could not be printed, or the command itself failed. A script may delete a
+checkpoint for a 1, so nothing else may end with it: a command finds out everything before a line of it is printed.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import inspect
+import io
 import json
+import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Final, TextIO
+from typing import Any, Final
 
 import attrs
 
@@ -24,7 +28,8 @@ from ckptkit.verification import verify
 
 __all__ = ["main"]
 
-Run = Callable[[argparse.Namespace], int]
+Run = Callable[[argparse.Namespace], tuple[int, str]]
+"""Gives the exit status, and what to print."""
 
 _STATUS: Final = {"whole": 0, "corrupt": 1, "unchecked": 2}
 _VERDICT: Final = {
@@ -44,10 +49,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.set_defaults(run=declare(command))
     options = parser.parse_args(arguments)
     try:
-        return int(options.run(options))
+        with contextlib.redirect_stdout(sys.stderr):  # what a plugin prints while it is imported is no part of the answer
+            status, text = options.run(options)
+        _print(text)
     except errors.CheckpointError as error:
-        _print_lines(f"ckptkit: {error}".split("\n"), sys.stderr)
+        _complain(f"ckptkit: {error}")
         return 1 if isinstance(error, errors.CorruptCheckpointError) else 2
+    except Exception:  # noqa: BLE001 - whatever it is, it is no damage of a checkpoint
+        _complain(f"{traceback.format_exc()}ckptkit: failed; this says nothing about any checkpoint.")
+        return 2
+    return int(status)
 
 
 def _verify(command: argparse.ArgumentParser) -> Run:
@@ -59,17 +70,16 @@ def _verify(command: argparse.ArgumentParser) -> Run:
     command.add_argument("--json", action="store_true", help="print the whole report as JSON")
     command.add_argument("--verbose", "-v", action="store_true", help="print what is whole, too")
 
-    def run(options: argparse.Namespace) -> int:
+    def run(options: argparse.Namespace) -> tuple[int, str]:
         report = verify(options.path, observers=_observers())
+        status = _STATUS[report.state]
         if options.json:
-            _print_json({"state": report.state, **attrs.asdict(report)})
-            return _STATUS[report.state]
-        shown = [part for part in (*report.files, *report.leaves) if options.verbose or part.state == "corrupt"]
-        _print_lines(f"{part.state}  {part.name}  {part.byte_count} bytes{part.problem and ': '}{part.problem}" for part in shown)
+            return status, _json({"state": report.state, **attrs.asdict(report)})
+        shown = [part for part in (*report.files, *report.leaves) if options.verbose or part.problem]
+        lines = [f"{part.state}  {part.name}  {part.byte_count} bytes{part.problem and ': '}{part.problem}" for part in shown]
         speed = f"{report.byte_count / 1e6:.1f} MB in {report.total_secs:.2f} s"
         counts = f"{len(report.files)} files, {len(report.leaves)} leaves, {len(report.corrupt)} corrupt"
-        _print_lines([f"{report.path}: {_VERDICT[report.state]} ({counts}; {speed})"])
-        return _STATUS[report.state]
+        return status, _lines([*lines, f"{report.path}: {_VERDICT[report.state]} ({counts}; {speed})"])
 
     return run
 
@@ -83,17 +93,15 @@ def _clean(command: argparse.ArgumentParser) -> Run:
     command.add_argument("--dry-run", "-n", action="store_true", help="only print what would be done")
     command.add_argument("--json", action="store_true", help="print the report as JSON")
 
-    def run(options: argparse.Namespace) -> int:
+    def run(options: argparse.Namespace) -> tuple[int, str]:
         report = commit.clean(options.root, dry_run=options.dry_run)
         if options.json:
-            _print_json(attrs.asdict(report))
-            return 0
+            return 0, _json(attrs.asdict(report))
         would = "would be " if options.dry_run else ""
         lines = [f"{would}removed: {path}" for path in report.removed]
         lines += [f"{would}restored: {path}" for path in report.restored]
         lines += [f"kept: {path} ({reason})" for path, reason in report.kept.items()]
-        _print_lines(lines or ["nothing to do"])
-        return 0
+        return 0, _lines(lines or ["nothing to do"])
 
     return run
 
@@ -105,14 +113,12 @@ def _plugins(command: argparse.ArgumentParser) -> Run:
     """
     command.add_argument("--json", action="store_true", help="print the list as JSON")
 
-    def run(options: argparse.Namespace) -> int:
-        with contextlib.redirect_stdout(sys.stderr):  # what a plugin prints while it is imported is no part of the list
-            found = inspection.plugins()
+    def run(options: argparse.Namespace) -> tuple[int, str]:
+        found = inspection.plugins()
+        status = 1 if any(plugin.error for plugin in found) else 0
         if options.json:
-            _print_json([attrs.asdict(plugin) for plugin in found])
-        else:
-            _print_lines(line for plugin in found for line in _plugin_lines(plugin))
-        return 1 if any(plugin.error for plugin in found) else 0
+            return status, _json([attrs.asdict(plugin) for plugin in found])
+        return status, _lines(line for plugin in found for line in _plugin_lines(plugin))
 
     return run
 
@@ -137,14 +143,12 @@ def _info(command: argparse.ArgumentParser) -> Run:
     command.add_argument("path", help="a checkpoint")
     command.add_argument("--json", action="store_true", help="print everything as JSON")
 
-    def run(options: argparse.Namespace) -> int:
-        with contextlib.redirect_stdout(sys.stderr):
-            found = inspection.info(options.path)
+    def run(options: argparse.Namespace) -> tuple[int, str]:
+        found = inspection.info(options.path)
+        status = 2 if found.missing else 0
         if options.json:
-            _print_json({**attrs.asdict(found), "missing": [need.name for need in found.missing]})
-        else:
-            _print_lines(_info_lines(found))
-        return 2 if found.missing else 0
+            return status, _json({**attrs.asdict(found), "missing": [need.name for need in found.missing]})
+        return status, _lines(_info_lines(found))
 
     return run
 
@@ -179,12 +183,12 @@ class _Lines:
     def ckptkit_progress(self, event: ProgressEvent) -> None:
         """Writes how many bytes are done, and of how many."""
         done, total = event.done_byte_count / 1e6, event.total_byte_count / 1e6
-        _print_lines([f"{event.operation} {event.path}: {done:.1f} of {total:.1f} MB"], sys.stderr)
+        _complain(f"{event.operation} {event.path}: {done:.1f} of {total:.1f} MB")
 
 
 def _observers() -> list[Any]:
     """Whoever shows progress: a bar where tqdm is installed, else lines; nobody where stderr is no terminal."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         return []
     try:
         return [progress.TqdmProgress()]
@@ -192,11 +196,39 @@ def _observers() -> list[Any]:
         return [_Lines()]
 
 
-def _print_lines(lines: Iterable[str], file: TextIO | None = None) -> None:
-    """Prints lines, on stdout by default, with what is not printable escaped: names in checkpoints may be a stranger's."""
+def _lines(lines: Iterable[str]) -> str:
+    """Lines as a text, with what is not printable escaped: names in checkpoints may be a stranger's."""
     escaped = ["".join([c if c.isprintable() else c.encode("unicode_escape").decode() for c in line]) for line in lines]
-    (file or sys.stdout).write("".join(f"{line}\n" for line in escaped))
+    return "".join(f"{line}\n" for line in escaped)
 
 
-def _print_json(document: Any) -> None:
-    sys.stdout.write(f"{json.dumps(document, indent=2)}\n")
+def _json(document: Any) -> str:
+    return f"{json.dumps(document, indent=2)}\n"
+
+
+def _print(text: str) -> None:
+    """Writes to stdout, with what its encoding lacks escaped. That nobody reads on, as after `| head -1`, is no failure.
+
+    Raises:
+      errors.StorageError: it cannot be written.
+    """
+    if sys.stdout is None:  # the program was started with it closed
+        return
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # else the interpreter writes again what is left of it when it exits, and fails
+        os.close(nowhere)
+        if not isinstance(error, BrokenPipeError):
+            raise errors.StorageError(f"what was found cannot be printed: {error}") from error
+
+
+def _complain(text: str) -> None:
+    """Writes to stderr where that can be: what is wrong with it changes no exit status."""
+    with contextlib.suppress(OSError, AttributeError):  # AttributeError: there is none
+        sys.stderr.write(_lines(text.split("\n")))
+        sys.stderr.flush()

@@ -28,6 +28,7 @@ from ckptkit._locks import Lock, try_lock
 from ckptkit.file_list import FILE_LIST
 from ckptkit.location import FileLocation, Location, MarkerLocation, mapped_os_errors
 from ckptkit.metadata.step import STEP_FILE
+from ckptkit.metadata.tree import TREE_FILE
 from ckptkit.reports import CleanReport
 from ckptkit.restoration import Restoration, current_restoration
 
@@ -112,7 +113,7 @@ class Attempt:
     def __init__(self, location: Location, meeting: Restoration) -> None:
         self._location = location
         self._meeting = meeting
-        self._identity = identity(location)
+        self._seen = _seen(location)
         self.disturbed = False
 
     def __enter__(self) -> Location:
@@ -121,7 +122,8 @@ class Attempt:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
         if error is not None and not isinstance(error, errors.CheckpointError):
             return False
-        if identity(self._location) != self._identity:
+        seen = _seen(self._location)
+        if seen[0] != self._seen[0] or (error is not None and seen[1] != self._seen[1]):
             self.disturbed = self._meeting.give_up_attempt()
         elif error is None and self._meeting.job.others:
             self.disturbed = not self._meeting.stands("end")
@@ -142,19 +144,33 @@ def _version(location: Location) -> bytes:
 
 
 def identity(location: Location) -> object:
-    """What tells one checkpoint from another that took its place; None where there is nothing to tell.
+    """What tells one checkpoint from another that took its place; None where there is nothing to tell."""
+    return _seen(location)[0]
 
-    An inode's number alone does not: ext4 gives that of a deleted directory to the next one, so that after two overwrites it is
-    the same again.
+
+def _seen(location: Location) -> tuple[object, tuple[int, int] | None]:
+    """The `identity` of a checkpoint, and when anything last came into its directory or left it, as in a deletion.
+
+    An inode's number alone is no identity: ext4 gives that of a deleted directory to the next one, so that after two overwrites
+    it is the same again. What tells is a file that a save makes, or, where there is none of these, those times: they are no part
+    of it otherwise, since somebody may put a file beside those of the checkpoint.
     """
     if isinstance(location, MarkerLocation):
         committed = _marker.identity(location)
-        return object() if committed is None else committed  # what is gone is equal to nothing
+        return object() if committed is None else committed, None  # what is gone is equal to nothing
+    path = location.local_path or ""
     try:
-        status = os.stat(location.local_path or "")
+        found = os.stat(path)
     except OSError:
-        return None
-    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
+        return None, None
+    times = found.st_mtime_ns, found.st_ctime_ns
+    for name in (FILE_LIST, STEP_FILE, TREE_FILE):
+        try:
+            file = os.stat(f"{path}/{name}")
+        except OSError:
+            continue
+        return (found.st_dev, found.st_ino, file.st_ino, file.st_mtime_ns, file.st_size), times
+    return (found.st_dev, found.st_ino, *times), times
 
 
 def _neighbours(path: str) -> str:

@@ -164,7 +164,7 @@ class Notifier:
 
     @functools.cached_property
     def _hosts(self) -> list[pluggy.PluginManager]:
-        """Found when first needed: making a checkpointer loads no plugin."""
+        """Found when first needed: whoever makes one need not load plugins for it."""
         return [*(plugin.host for plugin in ready(self._registry).plugins), *self._observers]
 
     def save_committed(self, report: SaveReport) -> None:
@@ -188,7 +188,7 @@ def _tell(host: pluggy.PluginManager, hook: str, **what: Any) -> bool:
     """Whether the host's plugin took it without raising."""
     try:
         getattr(host.hook, hook)(**what)
-    except Exception:
+    except (Exception, SystemExit):
         names = ", ".join(name for name, _ in host.list_name_plugin())
         _logger.exception("%s raised in %s; the checkpoint is not affected.", names, hook)
         return False

@@ -106,7 +106,7 @@ class NotFoundError(CheckpointError, FileNotFoundError):
 
 
 class ExistsError(CheckpointError, ValueError, FileExistsError):
-    """The destination exists and `force=True` was not given."""
+    """The destination exists, and `force=True` was not given, or it is no checkpoint."""
 
 
 class IncompleteError(CheckpointError, ValueError):

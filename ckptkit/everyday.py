@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,7 +69,7 @@ class PyTreeCheckpointer(Checkpointer):
 
 
 def save(path: Path, tree_or_args: Any, *, storage: str | None = None, force: bool = False) -> None:
-    """Saves a tree, or what a `CheckpointArgs` says, to `path`; as `Checkpointer.save`."""
+    """Saves a tree, or what a `CheckpointArgs` says, to `path`, however long that takes; as `Checkpointer.save`."""
     with _checkpointer_for(tree_or_args, storage) as checkpointer:
         checkpointer.save(path, tree_or_args, force=force)
 
@@ -102,8 +103,9 @@ def restore(path: Path, target_or_args: Any = None, *, devices: Devices | None =
 
 
 def _checkpointer_for(tree_or_args: Any, storage: str | None) -> AsyncCheckpointer:
+    patient = AsyncOptions(timeout_secs=math.inf)  # nobody can give `save` a limit, and `SaveHandle.result` has its own
     if not isinstance(tree_or_args, args_lib.CheckpointArgs):
-        return StandardCheckpointer(storage=storage)
+        return StandardCheckpointer(storage=storage, async_options=patient)
     if storage is not None:
         raise errors.ArgsError(f"storage={storage!r} goes with a tree; with args, give it to the constructor of their handler.")
-    return AsyncCheckpointer()
+    return AsyncCheckpointer(async_options=patient)

@@ -8,9 +8,11 @@ begins with the checksum of the rest of itself. Orbax ignores the file.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any, Final, NamedTuple, TypeVar
 
 import attrs
@@ -24,7 +26,7 @@ from ckptkit.metadata import json
 
 T = TypeVar("T")
 
-__all__ = ["FILE_LIST", "FileList", "Listed", "read_file_list", "write_file_list"]
+__all__ = ["FILE_LIST", "FileList", "Listed", "is_stray", "read_file_list", "relying_on", "write_file_list"]
 
 FILE_LIST: Final = "ckptkit_files.json"
 
@@ -106,6 +108,31 @@ class FileList:
         little = location.local_path is not None and sum([listed.size for listed in files.values()]) <= _LITTLE_NBYTES
         found = _each(lambda path: problem(path, files[path]), files, at_once=little)
         return {path: error for path, error in found.items() if error is not None}
+
+
+_relied_on: ContextVar[tuple[str, FileList] | None] = ContextVar("ckptkit_file_list", default=None)
+
+
+@contextlib.contextmanager
+def relying_on(location: Location, listed: FileList | None) -> Iterator[None]:
+    """What is read of a checkpoint meanwhile is held to its list, if it has one, whichever handler reads it: see `is_stray`.
+
+    It travels in a context variable, since a handler knows its own directory alone, and the list lies in the checkpoint's.
+    """
+    token = _relied_on.set(None if listed is None else (f"{location.url.rstrip('/')}/", listed))
+    try:
+        yield
+    finally:
+        _relied_on.reset(token)
+
+
+def is_stray(directory: Location, name: str, beside: str) -> bool:
+    """Whether a file came later than the list of the checkpoint, which has the file `beside` it and does not have this one."""
+    if (relied_on := _relied_on.get()) is None:
+        return False
+    root, listed = relied_on
+    path = f"{directory.url.rstrip('/')}/".removeprefix(root)
+    return path + beside in listed.files and path + name not in listed.files
 
 
 def write_file_list(

@@ -9,7 +9,7 @@ checked too: together they make up for a store without checksums of its own. Orb
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import attrs
@@ -19,7 +19,7 @@ import orjson
 import xxhash
 
 from ckptkit import errors
-from ckptkit.grid import ArraySpec, Index, chunk_count
+from ckptkit.grid import ArraySpec, Chunk, Index, chunk_count
 from ckptkit.metadata import json
 
 __all__ = [
@@ -49,41 +49,51 @@ def block_checksums(data: npt.NDArray[Any]) -> str:
 
 
 class Checksums:
-    """The checksums of one array while its chunks arrive in any order."""
+    """The checksums of arrays while their chunks arrive in any order."""
 
-    def __init__(self, array: ArraySpec) -> None:
-        self._array = array
-        self._chunks: list[str | None] = [None] * chunk_count(array)
+    def __init__(self, arrays: Iterable[ArraySpec]) -> None:
+        self._arrays = {array.name: array for array in arrays}
+        self._known: dict[str, dict[int, str]] = {}
 
-    def add(self, index: Index, data: npt.NDArray[Any]) -> None:
-        self._chunks[_position(self._array, index)] = block_checksums(data)
+    def add(self, chunks: Iterable[Chunk]) -> None:
+        """Checksums chunks."""
+        for chunk in chunks:
+            array, text = chunk.array, block_checksums(chunk.data)
+            if array.chunk_shape == array.shape:  # most arrays, of which there may be many
+                self._known[array.name] = {0: text}
+            else:
+                self._known.setdefault(array.name, {})[_position(array, chunk.index)] = text
 
-    def known(self) -> dict[int, str]:
-        """Those that have arrived, by the chunk's place in C order of the grid."""
-        return {position: text for position, text in enumerate(self._chunks) if text is not None}
+    def known(self) -> Mapping[str, Mapping[int, str]]:
+        """Those that have arrived, by the array's name and the chunk's place in C order of its grid."""
+        return self._known
 
-    def learn(self, known: Mapping[int, str]) -> None:
-        """Adds what another process knows.
+    def learn(self, name: str, known: Mapping[int, str]) -> None:
+        """Adds what another process knows of an array.
 
         Raises:
-          errors.StorageError: a chunk was written twice, or is none of this array's.
+          errors.StorageError: there is no such array, or a chunk was written twice, or is none of this array's.
         """
+        if (array := self._arrays.get(name)) is None:
+            raise errors.StorageError(f"a process has checksums of {name!r}, which this process does not save.")
+        own, count = self._known.setdefault(name, {}), chunk_count(array)
         for position, text in known.items():
-            if not 0 <= position < len(self._chunks) or self._chunks[position] is not None:
-                raise errors.StorageError(f"array {self._array.name!r}: chunk {position} was written by two processes.")
-            self._chunks[position] = text
+            if not 0 <= position < count or position in own:
+                raise errors.StorageError(f"array {name!r}: chunk {position} was written by two processes.")
+            own[position] = text
 
-    def texts(self) -> list[str]:
-        """One string a chunk, in C order of the grid.
+    def texts(self) -> dict[str, list[str]]:
+        """By array, one string a chunk, in C order of the grid.
 
         Raises:
           errors.StorageError: a chunk never arrived.
         """
-        texts = [text for text in self._chunks if text is not None]
-        if len(texts) != len(self._chunks):
-            raise errors.StorageError(
-                f"array {self._array.name!r}: {len(self._chunks) - len(texts)} of its chunks were never written."
-            )
+        texts = {}
+        for name, array in self._arrays.items():
+            known, count = self._known.get(name, {}), chunk_count(array)
+            if len(known) != count:
+                raise errors.StorageError(f"array {name!r}: {count - len(known)} of its chunks were never written.")
+            texts[name] = [*known.values()] if count == 1 else [known[position] for position in range(count)]
         return texts
 
 

@@ -14,7 +14,7 @@ import pluggy
 from ckptkit import args as args_lib
 from ckptkit import choosing, discovery, errors, hookspecs, providers
 from ckptkit._names import name_of
-from ckptkit.file_list import read_file_list
+from ckptkit.file_list import read_file_list, relying_on
 from ckptkit.handlers._stored import StoredTree, args_for_files, item_folders
 from ckptkit.index import INDEX_FILE, IndexDocument, decode_index
 from ckptkit.location import Location
@@ -188,7 +188,8 @@ def _info(location: Location, registry: Registry) -> CheckpointInfo:
     items = []
     for name, typestr in handlers.items():
         place = location.child(name) if name else location
-        trees = [_Tree(folder, registry) for folder in _tree_folders(place, registry)]
+        with relying_on(location, listed):
+            trees = [_Tree(folder, registry) for folder in _tree_folders(place, registry)]
         leaves: Counter[str] = sum([tree.leaves for tree in trees], Counter())
         sizes = [tree.byte_count for tree in trees]
         for tree in trees:

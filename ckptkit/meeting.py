@@ -1,16 +1,13 @@
 """Where the processes of a job meet while they save together, on the key-value store of JAX's coordination service.
 
 No device takes part, so that a save in the background disturbs no training step. At each point of a save every process brings
-something (`gather`), and the primary tells what came of it (`tell`, `hear`). Restores that are made together are numbered among
-the saves; what is theirs alone is in `restoration`. Keys lie below one prefix for each, which the primary deletes at a later one,
-once all have ended it:
+something (`gather`), and the primary tells what came of it (`tell`, `hear`). What restores have beside that is in `restoration`.
+Keys lie below one prefix for each save, which `_numbering` makes:
 
-    <root>/seen/<process>        the process was here; one that finds its own was started again
-    <root>/now                   the number of the primary's newest save, and 'open' or 'over'
-    <root>/<number>/<point>/<process>, .../word       what each brought, and the primary's answer
-    <root>/<number>/failed/<process>                  what went wrong there
-    <root>/<number>/alive/<process>                   changes while the process is at it
-    <root>/<number>/ended/<process>                   the process writes no more, nor reads these keys
+    <prefix>/<point>/<process>, .../word       what each brought, and the primary's answer
+    <prefix>/failed/<process>                  what went wrong there
+    <prefix>/alive/<process>                   changes while the process is at it
+    <prefix>/ended/<process>                   the process writes no more, nor reads these keys
 
 Whoever waits looks for failures of others, and for processes that give no sign of life for `timeout_secs`; no clock is
 compared with another machine's.
@@ -27,11 +24,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent import futures
 from contextvars import ContextVar
 from typing import Any, ClassVar, Final, TypeVar
-from urllib.parse import quote
 
-import attrs
-
-from ckptkit import errors
+from ckptkit import _numbering, errors
 from ckptkit._coordination import Store
 from ckptkit._telling import by_value, decoded, encoded, named
 from ckptkit.processes import Job, coordination_client
@@ -209,31 +203,19 @@ class Meeting:
             return
         self._over.set()
         with contextlib.suppress(errors.CheckpointError):
-            root, _, number = self._prefix.rpartition("/")
-            if self._missed_primary and _now(self._store, root)[0] < int(number):
-                self._withdraw(self._store, root, int(number))
+            if self._missed_primary and not _numbering.is_reached(self._store, self._prefix):
+                self._withdraw(self._store)
                 return
             self._store.set(f"{self._prefix}/ended/{self.job.process_index}", b"")
-            if self.job.is_primary and root in _lines and _lines[root].number == int(number):
-                self._store.set(f"{root}/now", f"{number} over".encode())
+            if self.job.is_primary:
+                _numbering.over(self._store, self._prefix)
 
-    def _withdraw(self, store: Store, root: str, number: int) -> None:
+    def _withdraw(self, store: Store) -> None:
         """Takes back that this process came where the primary never did: its next call is that of this number."""
         mine = [name for name, _ in store.list(f"{self._prefix}/") if name.endswith(f"/{self.job.process_index}")]
         for name in mine:
             store.delete(f"{self._prefix}/{name}")
-        with _lock:
-            _lines[root].number = min(_lines[root].number, number - 1)
-
-    def _tidy(self, store: Store) -> None:
-        """Deletes the keys of earlier saves that everyone has ended; for the primary."""
-        root, _, number = self._prefix.rpartition("/")
-        with _lock:
-            kept = _lines[root].kept if root in _lines else []
-            for old in [each for each in kept if each < int(number)]:
-                if len(list(store.list(f"{root}/{old}/ended/"))) == self.job.process_count:
-                    store.delete(f"{root}/{old}")
-                    kept.remove(old)
+        _numbering.take_back(self._prefix)
 
     @property
     def _slice_secs(self) -> float:
@@ -264,7 +246,7 @@ class Meeting:
         assert self._store is not None
         if self.job.is_primary:
             with contextlib.suppress(errors.CheckpointError):
-                self._tidy(self._store)
+                _numbering.tidy(self._store, self._prefix, self.job.process_count)
         for number in itertools.count():
             if self._over.wait(self.timeout_secs / 5):
                 return
@@ -317,23 +299,6 @@ def _pauses() -> Iterator[float]:
         pause = min(pause * 1.5, _LAST_PAUSE_SECS)
 
 
-@attrs.define
-class _Line:
-    """The saves of one group of processes, one after the other.
-
-    Attributes:
-      number: of this process's newest.
-      kept: numbers whose keys the primary has not deleted yet.
-    """
-
-    number: int = 0
-    kept: list[int] = attrs.field(factory=list)
-
-
-_lines: dict[str, _Line] = {}
-_lock = threading.Lock()
-
-
 @contextlib.contextmanager
 def convened(kind: type[M], job: Job, key_prefix: str | None, timeout_secs: float) -> Iterator[M]:
     """As `convene`; where the body raises, the others are told."""
@@ -347,10 +312,7 @@ def convened(kind: type[M], job: Job, key_prefix: str | None, timeout_secs: floa
 
 
 def convene(kind: type[M], job: Job, key_prefix: str | None, timeout_secs: float) -> M:
-    """The meeting for this process's next save or restore: the n-th call of one process meets the n-th of the others.
-
-    A process that was given up, or started again, joins the save that the primary is at. A call to which the primary did not come
-    does not count.
+    """The meeting for this process's next save or restore.
 
     Args:
       kind: what to make.
@@ -360,37 +322,7 @@ def convene(kind: type[M], job: Job, key_prefix: str | None, timeout_secs: float
     """
     if not job.others:
         return kind(job)
-    members = "all" if job.processes == tuple(range(job.process_count)) else "-".join(map(str, job.processes))
-    root = f"ckptkit/{quote(key_prefix or '-', safe='')}/{members}"
-    store = Store(coordination_client())
-    with _lock:
-        first = root not in _lines
-        line = _lines.setdefault(root, _Line())
-        if first and not store.claim(f"{root}/seen/{job.process_index}"):
-            number, is_open = _now(store, root)
-            line.number = number - is_open
-        line.number += 1
-        if job.is_primary:
-            store.set(f"{root}/now", f"{line.number} open".encode())
-            line.kept.append(line.number)
-        else:
-            line.number = _joined(store, root, line.number, job.process_index)
-        return kind(job, f"{root}/{line.number}", timeout_secs)
-
-
-def _now(store: Store, root: str) -> tuple[int, bool]:
-    """The number of the primary's newest save, and whether it goes on."""
-    number, state = (store.get(f"{root}/now") or b"0 over").decode().split()
-    return int(number), state == "open"
-
-
-def _joined(store: Store, root: str, number: int, process: int) -> int:
-    """The save to join instead of `number`, where the others gave up on this process there and are at a later one."""
-    newest, is_open = _now(store, root)
-    if newest <= number or not is_open:
-        return number
-    records = [json.loads(record) for _, record in store.list(f"{root}/{number}/failed/")]
-    return newest if any(process in record.get("missing", ()) for record in records) else number
+    return kind(job, _numbering.next_prefix(Store(coordination_client()), job, key_prefix), timeout_secs)
 
 
 _alone = Meeting()

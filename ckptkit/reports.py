@@ -77,7 +77,7 @@ class Part:
       byte_count: its size; of a leaf in memory.
       state: 'whole', its checksums agree; 'corrupt', they do not, or it is missing or cannot be read; 'unchecked', it can be
         read, but nothing says what it should be.
-      problem: what is wrong; '' where nothing is.
+      problem: what is wrong; '' where nothing is. What is 'unchecked' for a reason of its own has that here.
     """
 
     name: str

@@ -4,9 +4,9 @@ A checkpoint may be replaced while it is read, so a restore is made of attempts,
 And devices compute together in it, which no process can leave: whoever waits for them must know who keeps them waiting.
 Keys beside those of every meeting (`meeting`):
 
-    <root>/<number>/<attempt>-<point>/...             the points of an attempt
-    <root>/<number>/gave-up/<process>                 the newest attempt that the process gave up
-    <root>/<number>/cut/<process>                     why it takes no part any more in what devices compute together
+    <prefix>/<attempt>-<point>/...             the points of an attempt
+    <prefix>/gave-up/<process>                 the newest attempt that the process gave up
+    <prefix>/cut/<process>                     why it takes no part any more in what devices compute together
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from ckptkit import errors
 from ckptkit._recent import Recent
 from ckptkit.metadata.tree import DICT, SEQUENCE, Key, key_of
 
-__all__ = ["Structure", "flatten", "flatten_alike", "hollow", "is_empty_node", "key_path"]
+__all__ = ["Names", "Structure", "flatten", "flatten_alike", "hollow", "is_empty_node", "key_path"]
 
 
 def is_empty_node(value: Any) -> bool:
@@ -53,17 +53,15 @@ def key_path(keys: Sequence[Key]) -> tuple[str, ...]:
 
 
 @attrs.frozen(eq=False, slots=False)  # slots would leave no room for the cached property
-class Structure:
-    """The shape of a tree without its leaves.
+class Names:
+    """What the leaves of a tree are called, which trees of equal structure share.
 
     Attributes:
-      treedef: jax's own description; puts leaves back together.
       keys: per leaf, its keys, outermost first.
       names: per leaf, the names of its keys joined with '.', as Orbax names what it stores.
       has_empty_nodes: whether some of the leaves are none to jax.
     """
 
-    treedef: Any
     keys: Sequence[tuple[Key, ...]]
     names: Sequence[str]
     has_empty_nodes: bool
@@ -73,18 +71,44 @@ class Structure:
         """Per leaf, the names of its keys: how messages show where a leaf is."""
         return list(map(key_path, self.keys))
 
+
+@attrs.frozen(eq=False)
+class Structure:
+    """The shape of a tree without its leaves.
+
+    Attributes:
+      treedef: jax's own description, of this very tree, whose static fields it holds; puts leaves back together.
+      shared: what the leaves are called; the same object for trees of equal structure, as long as it is remembered.
+    """
+
+    treedef: Any
+    shared: Names
+
+    @property
+    def keys(self) -> Sequence[tuple[Key, ...]]:
+        return self.shared.keys
+
+    @property
+    def names(self) -> Sequence[str]:
+        return self.shared.names
+
+    @property
+    def paths(self) -> Sequence[tuple[str, ...]]:
+        return self.shared.paths
+
     def unflatten(self, leaves: Sequence[Any]) -> Any:
         return jax.tree.unflatten(self.treedef, leaves)
 
 
-_structures: Recent[Any, Structure] = Recent(8)
+_names: Recent[Any, Names] = Recent(8)
 
 
 def flatten(tree: Any) -> tuple[list[Any], Structure]:
     """The leaves of a tree and its structure.
 
-    Structures are kept for a while, since training saves the same tree again and again. They are told apart by jax's treedef, so
-    a node class must put into its auxiliary data whatever the names of its keys depend on.
+    The names of the last eight structures are kept, since training saves the same tree again and again, each with jax's treedef,
+    which tells them apart and keeps the static fields of one tree. So a node class must put into its auxiliary data whatever the
+    names of its keys depend on. The treedef returned is the tree's own: what equal ones hold may differ where `==` does not look.
 
     Raises:
       errors.TreeError: jax cannot flatten the tree (dict keys that do not compare, for example).
@@ -92,15 +116,15 @@ def flatten(tree: Any) -> tuple[list[Any], Structure]:
     leaves, treedef = _flatten(tree)
     try:
         # With its text, since {1: x} and {True: x} have equal treedefs, but other names.
-        structure = _structures.get((treedef, str(treedef)), lambda: _structure(tree, treedef))
+        shared = _names.get((treedef, str(treedef)), lambda: _named(tree, treedef.num_leaves))
     except errors.TreeError:
         raise
     except Exception:  # noqa: BLE001 - the auxiliary data of a foreign node may refuse to be hashed or compared, in any way
-        structure = _structure(tree, treedef)
-    if structure.has_empty_nodes:
-        leaves, _ = _flatten(tree, is_empty_node)
-    _check_count(len(leaves), len(structure.names))
-    return leaves, structure
+        shared = _named(tree, treedef.num_leaves)
+    if shared.has_empty_nodes:
+        leaves, treedef = _flatten(tree, is_empty_node)
+    _check_count(len(leaves), len(shared.names))
+    return leaves, Structure(treedef, shared)
 
 
 def _flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[Any], Any]:
@@ -111,8 +135,8 @@ def _flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[l
         raise _not_flattened(error) from error
 
 
-def _structure(tree: Any, treedef: Any) -> Structure:
-    """By walking the tree: jax's own function for paths makes several objects for every leaf."""
+def _named(tree: Any, leaf_count: int) -> Names:
+    """By walking the tree, of so many leaves to jax: its own function for paths makes several objects for every leaf."""
     walk = _Walk()
     try:
         walk.start(tree)
@@ -120,11 +144,8 @@ def _structure(tree: Any, treedef: Any) -> Structure:
         raise
     except Exception as error:
         raise _not_flattened(error) from error
-    _check_count(treedef.num_leaves + walk.empty, len(walk.names))
-    if walk.empty:
-        _, treedef = _flatten(tree, is_empty_node)
-        _check_count(treedef.num_leaves, len(walk.names))
-    return Structure(treedef, walk.keys, walk.names, walk.empty > 0)
+    _check_count(leaf_count + walk.empty, len(walk.names))
+    return Names(walk.keys, walk.names, walk.empty > 0)
 
 
 class _Walk:

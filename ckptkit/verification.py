@@ -9,7 +9,7 @@ from typing import Any
 
 from ckptkit import args as args_lib
 from ckptkit import choosing, discovery, errors
-from ckptkit.file_list import FILE_LIST, FileList, read_file_list
+from ckptkit.file_list import FILE_LIST, FileList, read_file_list, relying_on
 from ckptkit.grid import ArraySpec, index_nbytes
 from ckptkit.handlers._stored import StoredTree, args_for_files, item_folders
 from ckptkit.index import INDEX_FILE
@@ -67,7 +67,9 @@ def _verified(location: Location, registry: Registry, tracker: Tracker) -> Verif
     for folder in folders:
         tree = location.child(folder) if folder else location
         try:
-            leaves += _leaves(tree, f"{folder}: " if folder else "", registry, tracker)
+            with relying_on(location, listed), StoredTree(tree, registry) as stored:
+                files += _strays(stored, f"{folder}/" if folder else "")
+                leaves += _leaves(stored, f"{folder}: " if folder else "", registry, tracker)
         except errors.CheckpointError as error:
             if not is_damage(error) or (understood and isinstance(error, errors.FormatError)):  # of a newer version
                 raise
@@ -110,21 +112,25 @@ def _unlisted_files(location: Location, folders: Sequence[str]) -> Iterator[Part
             yield Part(name=path, byte_count=0, state="corrupt", problem=str(error))
 
 
-def _leaves(location: Location, prefix: str, registry: Registry, tracker: Tracker) -> Iterator[Part]:
-    with StoredTree(location, registry) as stored:
-        problems: dict[Entry, list[str]] = {entry: [] for entry in stored.document.entries if not is_empty_node(entry)}
-        arrays = dict(_arrays(stored, problems))
-        tracker.expect(sum([array.nbytes for array in arrays.values()]), len(arrays))
-        entries, specs = list(arrays), list(arrays.values())
-        for position, cell, error in check_arrays(specs, registry, stored.reader, stored.index):
-            if error is not None:
-                problems[entries[position]].append(f"chunk {cell}: {error}")
-            tracker.advance(index_nbytes(specs[position], cell))
-        for entry, found in problems.items():
-            if found or entry in arrays:
-                state: State = "corrupt" if found else "whole" if stored.index is not None else "unchecked"
-                nbytes = arrays[entry].nbytes if entry in arrays else 0
-                yield Part(name=f"{prefix}{key_path(entry.keys)}", byte_count=nbytes, state=state, problem="; ".join(found))
+def _strays(stored: StoredTree, prefix: str) -> Iterator[Part]:
+    problem = "came later than the list of files, which lacks it: no restore reads it"
+    return (Part(name=prefix + name, byte_count=0, state="unchecked", problem=problem) for name in stored.strays)
+
+
+def _leaves(stored: StoredTree, prefix: str, registry: Registry, tracker: Tracker) -> Iterator[Part]:
+    problems: dict[Entry, list[str]] = {entry: [] for entry in stored.document.entries if not is_empty_node(entry)}
+    arrays = dict(_arrays(stored, problems))
+    tracker.expect(sum([array.nbytes for array in arrays.values()]), len(arrays))
+    entries, specs = list(arrays), list(arrays.values())
+    for position, cell, error in check_arrays(specs, registry, stored.reader, stored.index):
+        if error is not None:
+            problems[entries[position]].append(f"chunk {cell}: {error}")
+        tracker.advance(index_nbytes(specs[position], cell))
+    for entry, found in problems.items():
+        if found or entry in arrays:
+            state: State = "corrupt" if found else "whole" if stored.index is not None else "unchecked"
+            nbytes = arrays[entry].nbytes if entry in arrays else 0
+            yield Part(name=f"{prefix}{key_path(entry.keys)}", byte_count=nbytes, state=state, problem="; ".join(found))
 
 
 def _arrays(stored: StoredTree, problems: Mapping[Entry, list[str]]) -> Iterator[tuple[Entry, ArraySpec]]:

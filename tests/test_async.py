@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import subprocess
 import sys
 import threading
-from concurrent.futures import Future
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ import pytest
 from etils import epath
 
 import ckptkit
-from ckptkit import args, errors, saving
+from ckptkit import args, commit, errors, saving
 from ckptkit.handlers import PathAwaitingCreation
+from ckptkit.options import AsyncOptions
 from ckptkit.testing import assert_same
 
 SIZE = 1 << 22
@@ -111,6 +114,20 @@ def test_waiting_ends_with_a_typed_error_where_time_is_over(tmp_path: Path, fail
         failing.wait_until_finished()
 
 
+def test_a_blocking_save_takes_as_long_as_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync_tree = commit.sync_tree
+
+    def sync_slowly(*arguments: Any) -> None:
+        time.sleep(0.2)
+        sync_tree(*arguments)
+
+    monkeypatch.setitem(AsyncOptions.__init__.__kwdefaults__, "timeout_secs", 0.01)
+    monkeypatch.setattr(commit, "sync_tree", sync_slowly)
+    ckptkit.save(tmp_path / "c", {"a": 1})
+    ckptkit.save(tmp_path / "d", args.StandardSave({"a": 1}))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "d"]
+
+
 def test_saves_work_inside_a_running_event_loop(tmp_path: Path) -> None:
     async def notebook() -> Any:
         ckptkit.save(tmp_path / "c", {"a": np.ones(3)})
@@ -124,8 +141,9 @@ def test_saves_work_inside_a_running_event_loop(tmp_path: Path) -> None:
 def test_two_writers_on_one_path_one_wins_and_the_other_is_told(tmp_path: Path) -> None:
     told = []
     for checkpointer, value in ((ckptkit.StandardCheckpointer(), 1.0), (ckptkit.StandardCheckpointer(), 2.0)):
-        checkpointer.save(tmp_path / "c", {"a": np.full(1 << 24, value)})
-        told.append((checkpointer, value))
+        with contextlib.suppress(errors.ExistsError):  # the first may have ended before the second begins
+            checkpointer.save(tmp_path / "c", {"a": np.full(1 << 24, value)})
+            told.append((checkpointer, value))
     winners = []
     for checkpointer, value in told:
         try:
@@ -378,6 +396,24 @@ def test_where_no_thread_starts_the_caller_does_the_work(
     checkpointer.save(tmp_path / "c", {"a": np.ones(1 << 20), "b": np.ones(1 << 20)})
     assert not checkpointer.is_saving_in_progress()
     assert ckptkit.restore(tmp_path / "c")["b"].sum() == 1 << 20
+
+
+def test_another_thread_may_wait_while_the_thread_of_a_save_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpointer = ckptkit.StandardCheckpointer()
+    start = threading.Thread.start
+    waited = []
+
+    def start_slowly(thread: threading.Thread) -> None:
+        if thread.name == "ckptkit-commit":
+            with ThreadPoolExecutor() as others:
+                waited.append(others.submit(checkpointer.wait_until_finished).exception(30))
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_slowly)
+    checkpointer.save(tmp_path / "c", {"a": 1})
+    assert waited == [None]
+    checkpointer.close()
+    assert ckptkit.restore(tmp_path / "c") == {"a": 1}
 
 
 @pytest.mark.parametrize("use", ["wait_until_finished", "close", "save", "restore"])

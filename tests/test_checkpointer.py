@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 
@@ -132,6 +133,44 @@ def test_an_existing_checkpoint_is_kept_unless_forced(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["c"]
 
 
+@pytest.mark.parametrize("held", ["checkpoints", "old checkpoints", "files"])
+@pytest.mark.parametrize("checkpointer_class", [ckptkit.PyTreeCheckpointer, ckptkit.StandardCheckpointer])
+def test_force_never_deletes_what_is_no_checkpoint(tmp_path: Path, checkpointer_class: Any, held: str) -> None:
+    runs = tmp_path / "runs"
+    (runs / "100").mkdir(parents=True)
+    (runs / "precious").write_text("precious")
+    if held != "files":
+        ckptkit.PyTreeCheckpointer(storage="zarr").save(runs / "100", TREE, force=True)  # over an empty directory
+    if held == "old checkpoints":
+        (runs / "100" / "ckptkit_files.json").unlink()
+    with checkpointer_class() as checkpointer, pytest.raises(errors.ExistsError, match=r"no checkpoint.*100.*delete it first"):
+        checkpointer.save(runs, {"a": 1}, force=True)
+    assert (runs / "precious").read_text() == "precious"
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    if held != "files":
+        assert_same(ckptkit.restore(runs / "100"), TREE)
+
+
+@pytest.mark.parametrize("left", ["_METADATA", "_CHECKPOINT_METADATA", "_sharding", "manifest.ocdbt", "ocdbt.process_0"])
+def test_force_replaces_what_is_left_of_a_checkpoint(tmp_path: Path, left: str) -> None:
+    ocp.PyTreeCheckpointer().save(tmp_path / "whole", {"a": jnp.ones(3)})
+    (tmp_path / "c").mkdir()
+    (tmp_path / "whole" / left).rename(tmp_path / "c" / left)
+    ckptkit.save(tmp_path / "c", {"a": 1}, force=True)
+    assert ckptkit.restore(tmp_path / "c") == {"a": 1}
+
+
+def test_force_replaces_a_file_and_a_link_but_not_what_it_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "precious").write_text("precious")
+    (tmp_path / "link").symlink_to("data")
+    for name in ("file", "link"):
+        ckptkit.save(tmp_path / name, {"a": 1}, force=True)
+        assert ckptkit.restore(tmp_path / name) == {"a": 1}
+    assert (tmp_path / "data" / "precious").read_text() == "precious"
+
+
 def test_a_missing_checkpoint_says_what_is_there(tmp_path: Path) -> None:
     ckptkit.save(tmp_path / "step_10", TREE)
     with pytest.raises(FileNotFoundError, match="step_10"):
@@ -227,14 +266,14 @@ def test_a_target_decides_type_dtype_and_sharding(tmp_path: Path, mesh: jax.shar
         "a": jax.ShapeDtypeStruct((8,), jnp.bfloat16, sharding=sharding),
         "b": jax.ShapeDtypeStruct((8,), np.int32, sharding=sharding),
         "c": 0.0,
-        "d": 1,
+        "d": 1.0,
         "e": np.empty(8, np.int64),
     }
     expected = {
         "a": jax.device_put(jnp.arange(8, dtype=jnp.bfloat16), sharding),
         "b": jax.device_put(jnp.arange(8, dtype=np.int32), sharding),
         "c": 3.0,
-        "d": 1,
+        "d": 1.0,
         "e": np.arange(8),
     }
     assert_same(ckptkit.restore(tmp_path / "c", target), expected)
@@ -262,6 +301,114 @@ def test_a_cast_that_changes_kind_warns_and_casting_forbids_it(tmp_path: Path) -
         assert ckptkit.restore(tmp_path / "c", {"a": np.empty(1, np.int32)})["a"] == 1
     with pytest.raises(errors.TargetError, match="casting='same_kind' forbids it"):
         ckptkit.restore(tmp_path / "c", args.StandardRestore({"a": np.empty(1, np.int32)}, casting="same_kind"))
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted"), [("float32", "int4"), ("complex64", "bfloat16"), ("int8", "uint4"), ("int2", "bool")]
+)
+def test_a_cast_that_changes_kind_warns_and_is_forbidden_for_dtypes_that_numpy_knows_little_of(
+    tmp_path: Path, stored: str, wanted: str
+) -> None:
+    ckptkit.save(tmp_path / "c", {"a": np.ones(2, jnp.dtype(stored))})
+    target = {"a": np.empty(2, jnp.dtype(wanted))}
+    with pytest.warns(UserWarning, match=rf"\('a',\): {stored} -> {wanted}"):
+        assert_same(ckptkit.restore(tmp_path / "c", target), {"a": np.ones(2, jnp.dtype(wanted))})
+    with pytest.raises(errors.TargetError, match="casting='same_kind' forbids it"):
+        ckptkit.restore(tmp_path / "c", args.StandardRestore(target, casting="same_kind"))
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted"), [("bfloat16", "float16"), ("float8_e4m3fn", "float8_e5m2"), ("int4", "int2"), ("int8", "bfloat16")]
+)
+def test_a_cast_within_a_kind_is_done_for_dtypes_that_numpy_knows_little_of(tmp_path: Path, stored: str, wanted: str) -> None:
+    ckptkit.save(tmp_path / "c", {"a": np.ones(2, jnp.dtype(stored))})
+    restored = ckptkit.restore(tmp_path / "c", args.StandardRestore({"a": np.empty(2, jnp.dtype(wanted))}, casting="same_kind"))
+    assert_same(restored, {"a": np.ones(2, jnp.dtype(wanted))})
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted", "is_safe"),
+    [
+        ("bfloat16", "float32", True),
+        ("bfloat16", "float16", False),
+        ("float8_e5m2", "float16", True),
+        ("float8_e8m0fnu", "float16", False),
+        ("float16", "bfloat16", False),
+        ("int4", "int8", True),
+        ("int4", "uint8", False),
+        ("uint8", "bfloat16", True),
+        ("int16", "bfloat16", False),
+    ],
+)
+def test_a_safe_cast_keeps_every_value(tmp_path: Path, stored: str, wanted: str, is_safe: bool) -> None:
+    ckptkit.save(tmp_path / "c", {"a": np.ones(2, jnp.dtype(stored))})
+    request = args.StandardRestore({"a": np.empty(2, jnp.dtype(wanted))}, casting="safe")
+    if is_safe:
+        assert_same(ckptkit.restore(tmp_path / "c", request), {"a": np.ones(2, jnp.dtype(wanted))})
+        return
+    with pytest.raises(errors.TargetError, match=f"stored dtype {stored}, requested dtype {wanted}; casting='safe' forbids it"):
+        ckptkit.restore(tmp_path / "c", request)
+
+
+NUMBERS = {"lr": 0.7, "z": 1 + 2j, "n": -1, "wide": 2**62 + 1}
+
+
+def test_numbers_in_a_target_obey_casting_and_warn(tmp_path: Path) -> None:
+    ckptkit.save(tmp_path / "c", NUMBERS)
+    target = {"lr": 0, "z": 0.0, "n": True, "wide": np.uint64(0)}
+    with pytest.warns(UserWarning, match=r"4 leaves change their kind of number.*\n  \('lr',\): float64 -> int64"):
+        restored = ckptkit.restore(tmp_path / "c", target)
+    assert_same(restored, {"lr": 0, "z": 1.0, "n": True, "wide": np.uint64(2**62 + 1)})
+    with pytest.raises(errors.TargetError, match="4 of 4 leaves") as caught:
+        ckptkit.restore(tmp_path / "c", args.StandardRestore(target, casting="same_kind"))
+    assert "('z',): stored dtype complex128, requested dtype float64; casting='same_kind' forbids it" in str(caught.value)
+    as_saved = args.StandardRestore(dict.fromkeys(NUMBERS, 0) | {"lr": 0.0, "z": 0j}, casting="no")
+    assert_same(ckptkit.restore(tmp_path / "c", as_saved), NUMBERS)
+
+
+def test_pythons_types_hold_numbers_of_every_width(tmp_path: Path) -> None:
+    numbers = {"u": np.array(2**64 - 1, np.uint64), "f": np.array(1.5, np.float32), "b": np.array(2.5, jnp.bfloat16)}
+    ckptkit.save(tmp_path / "c", numbers)
+    restored = ckptkit.restore(tmp_path / "c", args.StandardRestore({"u": 0, "f": 0.0, "b": 0.0}, casting="no"))
+    assert_same(restored, {"u": 2**64 - 1, "f": 1.5, "b": 2.5})
+
+
+@pytest.mark.filterwarnings("ignore:.*change their kind of number")
+@pytest.mark.parametrize(
+    ("stored", "target"),
+    [
+        (float("nan"), 0),
+        (float("-inf"), 0),
+        (1e300, 0),
+        (complex("nan+1j"), 0),
+        (-1, np.uint8(0)),
+        (300, np.int8(0)),
+        (8, ml_dtypes.int4(0)),
+    ],
+)
+def test_a_number_that_the_targets_type_cannot_hold_is_an_error_that_names_it(tmp_path: Path, stored: Any, target: Any) -> None:
+    ckptkit.save(tmp_path / "c", {"a": {"loss": stored, "b": 1}})
+    with pytest.raises(errors.TargetError, match=r"1 of 2 leaves.*\n  \('a', 'loss'\): .* is stored, which \w+ cannot hold"):
+        ckptkit.restore(tmp_path / "c", {"a": {"loss": target, "b": 0}})
+
+
+@pytest.mark.parametrize(
+    "kind", [ml_dtypes.bfloat16, ml_dtypes.float8_e5m2, ml_dtypes.int4, np.longlong, np.float16, np.longdouble]
+)
+def test_numpys_scalars_in_a_target_keep_their_type(tmp_path: Path, kind: Any) -> None:
+    ckptkit.save(tmp_path / "c", {"a": 3})
+    restored = ckptkit.restore(tmp_path / "c", {"a": kind(0)})["a"]
+    assert type(restored) is kind
+    assert restored == 3
+
+
+def test_restore_args_that_name_a_type_of_numbers_obey_casting(tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    ckptkit.save(path, args.PyTreeSave({"a": 2.5}))
+    whole = {"a": ckptkit.RestoreArgs(restore_type=int)}
+    assert_same(ckptkit.restore(path, args.PyTreeRestore(restore_args=whole)), {"a": 2})
+    with pytest.raises(errors.TargetError, match="casting='same_kind' forbids it"):
+        ckptkit.restore(path, args.PyTreeRestore(restore_args=whole, casting="same_kind"))
 
 
 def test_a_sharding_that_does_not_divide_the_shape_is_an_error_that_names_the_leaf(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,13 +78,43 @@ def test_a_set_aside_checkpoint_counts_as_existing(tmp_path: Path) -> None:
         _begin(tmp_path / "c")
 
 
-def test_a_checkpoint_that_got_the_number_of_the_one_before_the_last_is_another(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["ckptkit_files.json", "_CHECKPOINT_METADATA", "_METADATA", "any"])
+def test_a_checkpoint_that_got_the_number_of_the_one_before_the_last_is_another(tmp_path: Path, name: str) -> None:
     """A reader that began before two overwrites must notice them, whatever inode numbers the file system hands out."""
     seen = set()
     for n in range(6):
-        _begin(tmp_path / "c", force=n > 0).commit()
+        pending = _begin(tmp_path / "c", force=n > 0)
+        pending.temporary.write_bytes(name, b"as long as that of the others")
+        pending.commit()
         seen.add(commit.identity(FileLocation(tmp_path / "c")))
     assert len(seen) == 6
+
+
+@pytest.mark.parametrize("name", ["ckptkit_files.json", "_CHECKPOINT_METADATA", "_METADATA"])
+def test_files_that_come_and_go_beside_those_of_a_checkpoint_do_not_disturb_a_reader(tmp_path: Path, name: str) -> None:
+    pending = _begin(tmp_path / "c")
+    pending.temporary.write_bytes(name, b"")
+    pending.commit()
+    reading = []
+    for attempt in commit.attempts(lambda: FileLocation(tmp_path / "c")):
+        with attempt as location:
+            reading.append(location)
+            (tmp_path / "c" / "rank_3.done").touch()
+    assert len(reading) == 1
+
+
+def test_a_reader_that_fails_on_a_checkpoint_that_is_being_deleted_looks_again(tmp_path: Path) -> None:
+    pending = _begin(tmp_path / "c")
+    pending.temporary.write_bytes("_METADATA", b"")
+    pending.commit()
+    reading = []
+    for attempt in commit.attempts(lambda: FileLocation(tmp_path / "c")):
+        with attempt as location:
+            reading.append(location)
+            if len(reading) == 1:
+                shutil.rmtree(tmp_path / "c" / "sub")
+                location.read_bytes("sub/file")
+    assert len(reading) == 2
 
 
 def test_a_reader_that_writers_disturb_every_time_gives_up(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptkit import errors
-from ckptkit.grid import ArraySpec, chunk_count, chunk_indices, fit_chunk_shape, index_shape, is_cell
+from ckptkit.grid import ArraySpec, Chunk, chunk_count, chunk_indices, fit_chunk_shape, index_shape, is_cell
 from ckptkit.index import BLOCK_BYTE_SIZE, Checksums, IndexDocument, block_checksums, decode_index, encode_index
 from ckptkit.pipeline.memory import aligned_empty
 
@@ -48,10 +48,10 @@ def test_axes_named_are_cut_first() -> None:
 
 
 def _checked(array: ArraySpec, data: np.ndarray) -> IndexDocument:
-    sums = Checksums(array)
+    sums = Checksums([array])
     for cell in chunk_indices(array):
-        sums.add(cell, np.ascontiguousarray(data[tuple(slice(*bounds) for bounds in cell)]))
-    return decode_index(encode_index(IndexDocument({array.name: sums.texts()})), "index")
+        sums.add([Chunk(array, cell, np.ascontiguousarray(data[tuple(slice(*bounds) for bounds in cell)]))])
+    return decode_index(encode_index(IndexDocument(sums.texts())), "index")
 
 
 @given(array=_arrays(), seed=st.integers(0, 99))
@@ -77,7 +77,7 @@ def test_the_block_that_differs_is_located() -> None:
 
 def test_a_chunk_that_never_arrived_is_an_error() -> None:
     with pytest.raises(errors.StorageError, match="1 of its chunks"):
-        Checksums(ArraySpec("x", (2,), np.dtype("u1"), (2,))).texts()
+        Checksums([ArraySpec("x", (2,), np.dtype("u1"), (2,))]).texts()
 
 
 @pytest.mark.parametrize(

@@ -77,13 +77,14 @@ def test_a_loaded_plugin_is_told_too():
     assert recorder.seen == [RESTORED]
 
 
-def test_an_observer_that_raises_is_logged_and_the_next_is_told(caplog):
+@pytest.mark.parametrize("error", [ValueError("boom"), SystemExit(3)])
+def test_an_observer_that_raises_is_logged_and_the_next_is_told(caplog, error):
     recorder = Recorder()
-    notifier(Raising(ValueError("boom")), recorder).save_committed(SAVED)
+    notifier(Raising(error), recorder).save_committed(SAVED)
     assert recorder.seen == [SAVED]
     (record,) = caplog.records
     assert record.message == "observer Raising raised in ckptkit_save_committed; the checkpoint is not affected."
-    assert record.exc_info[0] is ValueError
+    assert record.exc_info[1] is error
 
 
 def test_one_whose_progress_raises_is_told_no_more_of_it(caplog):

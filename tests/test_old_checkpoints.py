@@ -17,8 +17,9 @@ import orbax.checkpoint.msgpack_utils as orbax_msgpack
 import pytest
 
 import ckptkit
-from ckptkit import args, errors
+from ckptkit import args, choosing, errors
 from ckptkit.handlers import ArrayCheckpointHandler
+from ckptkit.location import FileLocation
 
 ARCHIVES = {path.stem: path for path in sorted((Path(__file__).parent / "data" / "old_checkpoints").glob("*.zip"))}
 
@@ -310,6 +311,15 @@ def test_items_without_any_metadata_are_no_arrays_of_one_tree(kept: Path, tmp_pa
 def test_restore_args_of_a_tree_for_a_composite_are_told_how_to_name_the_item(kept: Path, release: str) -> None:
     with pytest.raises(errors.CheckpointError, match=r"Composite\(default="):
         ckptkit.StandardCheckpointer().restore(kept / release / "manager_default_item" / "3")
+
+
+@pytest.mark.parametrize(("release", "kind"), [case for case in EXPECTED if not case[1].startswith("named_")])
+def test_what_is_a_checkpoint_can_be_replaced_and_a_directory_of_steps_cannot(kept: Path, release: str, kind: str) -> None:
+    registry = ckptkit.default_registry()
+    choosing.check_replaceable(registry, FileLocation(_step(kept, release, kind)))
+    if kind.startswith("manager_"):
+        with pytest.raises(errors.ExistsError, match="no checkpoint"):
+            choosing.check_replaceable(registry, FileLocation(kept / release / kind))
 
 
 @pytest.mark.parametrize("release", ["0.2.7", "0.12.8"])

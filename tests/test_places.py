@@ -316,6 +316,16 @@ def test_files_that_no_save_left_are_replaced_only_by_force(url):
     assert len(location_of(url).names()) == 2
 
 
+@pytest.mark.parametrize("name", ["data.csv", "100/data.csv"])
+def test_force_never_deletes_what_is_no_checkpoint(url, name):
+    save(f"{url}/100", {"a": 1})
+    location_of(url).write_bytes(name, b"1,2")
+    with pytest.raises(errors.ExistsError, match=r"checkpoints \(100\)"):
+        save(url, {"a": 2}, force=True)
+    assert ckptkit.restore(f"{url}/100") == {"a": 1}
+    assert location_of(url).read_bytes(name) == b"1,2"
+
+
 def test_an_error_of_the_store_at_the_last_file_never_takes_a_checkpoint_away(url):
     for taken_in in (True, False):
         pending = _begin(url, force=True)

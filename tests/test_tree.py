@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import jax
+import numpy as np
 import pytest
 
+import ckptkit
 from ckptkit import errors, tree
 
 
@@ -57,3 +62,43 @@ def test_a_node_that_changes_is_refused_and_what_was_seen_of_it_is_not_kept():
         tree.flatten({"a": Changing()})
     leaves, structure = tree.flatten({"a": Changing()})
     assert (leaves, structure.names) == ([0], ["a.0"])
+
+
+class Config:
+    """Equal to every other of its name, whatever else it holds."""
+
+    def __init__(self, name, rate):
+        self.name = name
+        self.rate = rate
+
+    def __eq__(self, other):
+        return self.name == other.name
+
+    def __hash__(self):
+        return hash(self.name)
+
+    def __repr__(self):
+        return self.name
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class State:
+    """A node with a static field."""
+
+    w: Any
+    config: Config = dataclasses.field(metadata={"static": True})
+
+
+@pytest.mark.parametrize("further", [{}, {"empty": {}}])
+def test_static_fields_of_a_restored_tree_are_the_targets_not_those_of_an_equal_tree_before(tmp_path, further):
+    ckptkit.save(tmp_path / "c", {"state": State(np.ones(3), Config("m", 0.1)), **further})
+    target = {"state": State(np.zeros(3), Config("m", 0.2)), **further}
+    restored = ckptkit.restore(tmp_path / "c", target)
+    assert restored["state"].config is target["state"].config
+    assert restored["state"].w.tolist() == [1, 1, 1]
+
+
+def test_trees_of_equal_structure_share_their_names():
+    first, second = [tree.flatten({"state": State(1, Config("m", rate)), "empty": {}})[1] for rate in (0.1, 0.2)]
+    assert first.shared is second.shared

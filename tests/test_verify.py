@@ -22,7 +22,7 @@ import pytest
 import xxhash
 
 import ckptkit
-from ckptkit import args, cli, commit, errors, file_list
+from ckptkit import args, cli, commit, errors, file_list, inspection
 from ckptkit.file_list import FILE_LIST, read_file_list, write_file_list
 from ckptkit.location import FileLocation
 from ckptkit.meeting import Meeting
@@ -452,6 +452,58 @@ def test_the_command_line_runs_as_a_module_and_touches_no_device(tmp_path: Path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "nothing to do\n", "")
 
 
+def shell(command: str, **environment: str) -> tuple[int, str]:
+    """Runs `$CKPTKIT` in a shell: its exit status, and what it wrote to stderr."""
+    environment = {**os.environ, "CKPTKIT": f"{sys.executable} -m ckptkit", **environment}
+    done = subprocess.run(["/bin/sh", "-c", command], env=environment, capture_output=True, timeout=60, check=False)
+    return done.returncode, done.stderr.decode()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such shell")
+@pytest.mark.parametrize("state", ["whole", "corrupt", "unchecked"])
+def test_a_reader_that_leaves_early_changes_no_exit_status(tmp_path: Path, state: str) -> None:
+    save(tmp_path / "c")
+    if state == "corrupt":
+        spoil(tmp_path / "c", BYTES)
+    elif state == "unchecked":
+        (tmp_path / "c" / FILE_LIST).unlink()
+    expected = {"whole": 0, "corrupt": 1, "unchecked": 2}[state]
+    # The reader has left before anything is written: it holds the pipe open no longer than `true` runs.
+    command = f'{{ $CKPTKIT verify -v "{tmp_path / "c"}"; echo $? >&2; }} | true'
+    assert shell(command) == (0, f"{expected}\n")
+    assert shell(f'$CKPTKIT verify "{tmp_path / "c"}" >&-') == (expected, "")
+    assert shell(f'$CKPTKIT verify "{tmp_path / "c"}" 2>&-') == (expected, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_what_cannot_be_printed_says_nothing_of_the_checkpoint(tmp_path: Path) -> None:
+    spoil(save(tmp_path / "c"), BYTES)
+    for command in (f'verify "{tmp_path / "c"}"', "plugins"):
+        status, complaint = shell(f"$CKPTKIT {command} > /dev/full")
+        assert (status, complaint.count("\n")) == (2, 1), complaint
+        assert "what was found cannot be printed: [Errno 28]" in complaint
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such shell")
+def test_what_an_encoding_lacks_is_printed_escaped(tmp_path: Path) -> None:
+    save(tmp_path / "\u00e9")
+    command = f'$CKPTKIT verify "{tmp_path / "*"}" >&2'.replace('*"', '"*')
+    status, printed = shell(command, PYTHONIOENCODING="ascii")
+    assert (status, r"/\xe9: whole: every byte" in printed) == (0, True), printed
+
+
+def test_a_command_that_fails_says_nothing_of_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*arguments: Any, **options: Any) -> None:
+        raise ZeroDivisionError("somewhere deep")
+
+    monkeypatch.setattr(cli, "verify", fails)
+    status, out, err = run("verify", str(tmp_path), capsys=capsys)
+    assert (status, out) == (2, "")
+    assert "ZeroDivisionError: somewhere deep\nckptkit: failed; this says nothing" in err
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
 @pytest.mark.parametrize("tqdm", ["tqdm", "nothing"])
 def test_a_terminal_sees_progress(tmp_path: Path, tqdm: str) -> None:
@@ -584,6 +636,40 @@ def test_a_save_lists_no_file_of_another_one_in_the_same_place(request: pytest.F
     listed = read_file_list(first.temporary)
     assert listed is not None
     assert list(listed.files) == ["a"]
+
+
+@pytest.mark.parametrize("place", ["alone", "item", "relative", "memory"])
+def test_files_that_came_later_than_the_list_say_nothing_of_the_leaves(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+    place: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    target: Any = {"alone": tmp_path / "c", "item": tmp_path / "c", "relative": "c", "memory": "memory://test-verify/e"}[place]
+    root = ckptkit.default_registry().location(target)
+    request.addfinalizer(root.delete)
+    tree = {"raw": jnp.arange(2, dtype=jnp.uint32)}
+    ckptkit.save("keys", {"raw": jax.random.key(0)})
+    ckptkit.save(target, args.Composite(state=args.StandardSave(tree)) if place == "item" else tree)
+    prefix, of_item = ("state/", (lambda item: item["state"])) if place == "item" else ("", lambda tree: tree)
+    root.write_bytes(f"{prefix}array_metadatas/process_1", Path("keys/array_metadatas/process_0").read_bytes())
+    assert_same(of_item(ckptkit.restore(target)), tree)
+    with ckptkit.Checkpointer() as checkpointer:
+        assert of_item(checkpointer.metadata(target).item_metadata)["raw"].dtype == np.uint32
+    assert inspection.info(target).items[0].leaf_typestrs == {"jax.Array": 1}
+    status, out, _ = run("verify", str(target), capsys=capsys)
+    assert status == 0
+    assert f"unchecked  {prefix}array_metadatas/process_1  0 bytes: came later than the list of files" in out
+
+
+def test_an_item_that_no_list_has_is_restored_with_all_of_its_files(tmp_path: Path) -> None:
+    save_composite(tmp_path / "c")
+    tree = {"key": jax.random.key(0), "w": jnp.arange(8.0)}
+    ckptkit.save(tmp_path / "other", args.Composite(late=args.StandardSave(tree)))
+    shutil.copytree(tmp_path / "other" / "late", tmp_path / "c" / "late")
+    assert_same(ckptkit.restore(tmp_path / "c", args.Composite(late=args.StandardRestore()))["late"], tree)
 
 
 @pytest.mark.parametrize("mark", [1, 1.0, False, "true", [True]])

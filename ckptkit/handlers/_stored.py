@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from types import TracebackType
@@ -11,7 +12,7 @@ from typing import Any, Self
 from ckptkit import args as args_lib
 from ckptkit import errors, providers, tree
 from ckptkit._gc import paused_gc
-from ckptkit.file_list import read_file_list
+from ckptkit.file_list import is_stray, read_file_list
 from ckptkit.grid import Array, ArraySpec, Index
 from ckptkit.handlers._legacy import Aggregate, ArraysReader, document_of_names, read_aggregate
 from ckptkit.handlers.base import CheckpointHandler
@@ -27,7 +28,7 @@ from ckptkit.pipeline import answers
 from ckptkit.registry import Registry
 from ckptkit.storage.base import Reader
 
-__all__ = ["StoredTree", "args_for_files", "handler_class_for", "item_folders"]
+__all__ = ["StoredTree", "args_for_files", "handler_class_for", "held_by", "item_folders"]
 
 _JSON_FILE = "metadata"
 
@@ -93,6 +94,14 @@ def handler_class_for(registry: Registry, location: Location, typestr: str) -> t
         raise errors.RegistryError(f"{location.url}: {error}\nThe handler is missing: {advice}.") from None
 
 
+def held_by(location: Location) -> str:
+    """What there is in a place, in words, for whoever took it for a checkpoint."""
+    if location.local_path is not None and os.path.isfile(location.local_path):
+        return "no arrays"  # a file that no storage backend recognises is not looked into
+    names = [f"{name}/" if is_directory else name for name, is_directory in location.names().items()]
+    return ", ".join(sorted(names)[:20]) or "nothing"
+
+
 class StoredTree:
     """One directory that a PyTree handler wrote, opened for reading; a context manager.
 
@@ -103,6 +112,7 @@ class StoredTree:
       reader: gives the chunks.
       only_names: joined names are all that is stored of the tree, so that empty nodes cannot be told, nor keys that hold a '.'.
       lost: what is wrong with leaves that `found` gave up, by key path.
+      strays: files that would describe the tree, but came later than the checkpoint's list of files: they are not read.
     """
 
     @paused_gc()
@@ -123,6 +133,7 @@ class StoredTree:
         self._registry = registry
         self._aggregate_file = aggregate_file or AGGREGATE_FILE
         self.lost: dict[tuple[str, ...], errors.CheckpointError] = {}
+        self.strays: list[str] = []
         self.index: IndexDocument | None = self._optional(INDEX_FILE, decode_index, None)
         recorded: TreeDocument | None = self._optional(TREE_FILE, decode_tree, None)
         needed = recorded is None or any(map(_is_aggregated, recorded.entries))
@@ -233,9 +244,8 @@ class StoredTree:
     def _no_tree(self) -> errors.NotFoundError:
         items = item_folders(self.location, self._registry)
         hint = f" Items are restored with ckptkit.args.Composite({items[0]}=...)." if items else ""
-        held = _shown(self.location.names())
         return errors.NotFoundError(
-            f"{self.location.url} holds no {TREE_FILE}, so it is not a saved tree. It holds: {held}.{hint}"
+            f"{self.location.url} holds no {TREE_FILE}, so it is not a saved tree. It holds: {held_by(self.location)}.{hint}"
         )
 
     def _where(self, entry: Entry) -> str:
@@ -271,16 +281,16 @@ class StoredTree:
     def _array_records(self) -> Mapping[str, array_documents.ArrayRecord]:
         """What each process that saved recorded of its arrays."""
         records: dict[str, array_documents.ArrayRecord] = {}
-        directory = self.location.child(array_documents.ARRAYS_DIRECTORY)
-        for name in directory.names():
-            records |= array_documents.decode_arrays(directory.read_bytes(name), f"{directory.url}/{name}")
+        for name in self.location.child(array_documents.ARRAYS_DIRECTORY).names():
+            records |= self._optional(f"{array_documents.ARRAYS_DIRECTORY}/{name}", array_documents.decode_arrays, {})
         return records
 
     def _open(self) -> Reader:
-        if (backend := answers.recognising(self._registry, self.location)) is not None:
+        writers = {} if self.index is None else self.index.storage
+        if (backend := answers.recognising(self._registry, self.location, writers)) is not None:
             with answers.calling(self._registry, backend, "reader") as asked:
                 return answers.instance(asked, backend.reader(self.location), Reader)
-        for name, provider in ({} if self.index is None else self.index.storage).items():
+        for name, provider in writers.items():
             if all(name != known.name for known in self._registry.storages()):
                 raise errors.RegistryError(
                     f"{self.location.url} is stored by the storage backend {name!r}, which is not registered here: "
@@ -291,12 +301,15 @@ class StoredTree:
         known = ", ".join(repr(backend.name) for backend in self._registry.storages())
         raise errors.NotFoundError(
             f"{self.location.url} lists the leaves of a tree, but has no array data that a storage backend recognises (known: "
-            f"{known}; OCDBT needs manifest.ocdbt). It holds: {_shown(self.location.names())}."
+            f"{known}; OCDBT needs manifest.ocdbt). It holds: {held_by(self.location)}."
         )
 
     def _optional(self, name: str, decode: Any, missing: Any) -> Any:
         """What a file says, or what its absence means."""
         if not self.location.exists(name):
+            return missing
+        if is_stray(self.location, name, TREE_FILE):
+            self.strays.append(name)
             return missing
         return decode(self.location.read_bytes(name), f"{self.location.url}/{name}")
 
@@ -326,7 +339,3 @@ class _NoArrays(Reader):
 
     def close(self) -> None:
         pass
-
-
-def _shown(names: Mapping[str, bool]) -> str:
-    return ", ".join(sorted(f"{name}/" if is_directory else name for name, is_directory in names.items())[:20]) or "nothing"

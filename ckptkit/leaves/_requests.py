@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ckptkit._casts import can_cast, cast, kind_of
 from ckptkit.grid import Array, Index, index_shape, whole
 from ckptkit.leaves.base import LeafSpec, Problem, RestoreArgs
 from ckptkit.processes import Job
@@ -56,9 +57,11 @@ def _dtype(stored: np.dtype[Any], request: RestoreArgs) -> np.dtype[Any] | Probl
         dtype: np.dtype[Any] = np.dtype(request.dtype)
     except TypeError as error:
         return Problem(f"dtype {request.dtype!r} was requested: {error}; ask for a dtype of numpy, such as jnp.bfloat16.")
-    if dtype.kind in "OSUMm" or dtype.names is not None:
+    if dtype == stored:  # as for most leaves, of which there may be many
+        return stored
+    if kind_of(dtype) not in "buifc":
         return Problem(f"stored dtype {stored}, requested dtype {dtype}, which holds no numbers; ask for a dtype of numbers.")
-    if not np.can_cast(stored, dtype, casting=request.defaults.casting):
+    if not can_cast(stored, dtype, request.defaults.casting):
         return Problem(f"stored dtype {stored}, requested dtype {dtype}; casting={request.defaults.casting!r} forbids it.")
     return dtype
 
@@ -82,12 +85,7 @@ def fit(spec: LeafSpec, wanted: Wanted, index: Index, parts: Mapping[Index, Arra
         stored = clip(index, spec.array.shape)
         part = np.zeros(index_shape(index), spec.array.dtype)
         part[tuple(slice(0, n) for n in index_shape(stored))] = parts[stored]
-    if part.dtype == wanted.dtype:
-        return part
-    if part.dtype.kind == "c" and wanted.dtype.kind not in "cb":
-        part = part.real  # what numpy does too, with a warning of its own
-    with np.errstate(all="ignore"):  # the cast was asked for, and one that changes kind has been warned about
-        return part.astype(wanted.dtype)
+    return cast(part, wanted.dtype)
 
 
 def whole_part(spec: LeafSpec, wanted: Wanted, parts: Mapping[Index, Array]) -> Array:

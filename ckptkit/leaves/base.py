@@ -292,5 +292,8 @@ class TypeHandler(abc.ABC, Generic[L]):
     @abc.abstractmethod
     def assemble(
         self, specs: Sequence[LeafSpec], requests: Sequence[RestoreArgs], parts: Sequence[Mapping[Index, Array]]
-    ) -> Sequence[L]:
-        """The leaves, from the parts that `needs` asked for. The arrays are the handler's to keep; nobody else writes them."""
+    ) -> Sequence[L | Problem]:
+        """The leaves, from the parts that `needs` asked for, or why their values cannot be had as requested.
+
+        The arrays are the handler's to keep; nobody else writes them.
+        """

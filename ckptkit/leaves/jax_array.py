@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 
+from ckptkit._recent import Recent
 from ckptkit.grid import Array, ArraySpec, Index, chunk_indices, fit_chunk_shape, index_nbytes
 from ckptkit.leaves._goals import assembled, goals_of, sharers_of
 from ckptkit.leaves._keys import KEY_IMPL, is_key, raw
@@ -57,13 +58,9 @@ class JaxArrayHandler(TypeHandler[jax.Array]):
     def kinds(self, leaves: Sequence[jax.Array]) -> Kinds | None:
         if _problems(leaves):
             return None
-        numbers: dict[Any, int] = {}
-        shardings = [leaf.sharding for leaf in leaves]
-        # By identity, since to hash a sharding takes longer than all the rest, and arrays of a tree share a few of them.
-        kinds = zip([leaf.shape for leaf in leaves], [leaf.dtype for leaf in leaves], map(id, shardings), strict=True)
-        numbered = tuple([numbers.setdefault(kind, len(numbers)) for kind in kinds])
-        by_id = dict(zip(map(id, shardings), shardings, strict=True))
-        return Kinds(numbered, tuple([(shape, dtype, by_id[number]) for shape, dtype, number in numbers]))
+        seen = _Seen([leaf.aval for leaf in leaves], [leaf.sharding for leaf in leaves])
+        ids = tuple(map(id, seen.avals)), tuple(map(id, seen.shardings))
+        return _numbered.get(ids, lambda: (seen, seen.kinds()))[1]
 
     def owned(self, leaves: Sequence[Leaf], specs: Sequence[LeafSpec], job: Job) -> Sequence[Sequence[Index] | Problem]:
         shardings = {id(sharding): sharding for sharding in [leaf.value.sharding for leaf in leaves]}  # few, and slow to ask
@@ -154,6 +151,26 @@ class JaxArrayHandler(TypeHandler[jax.Array]):
         self, specs: Sequence[LeafSpec], requests: Sequence[RestoreArgs], parts: Sequence[Mapping[Index, Array]]
     ) -> Sequence[jax.Array]:
         return [assembled(*leaf) for leaf in zip(specs, goals_of(specs, requests), parts, strict=True)]
+
+
+class _Seen(NamedTuple):
+    """What tells of which kind arrays are; training gives the same objects for the next step's arrays."""
+
+    avals: Sequence[Any]
+    shardings: Sequence[jax.sharding.Sharding]
+
+    def kinds(self) -> Kinds:
+        """The kinds. Shardings by identity, since to hash one takes longer than all the rest, and arrays share a few of them."""
+        numbers: dict[Any, int] = {}
+        aval_kinds = [(aval.shape, aval.dtype) for aval in self.avals]
+        kinds = zip(aval_kinds, map(id, self.shardings), strict=True)
+        numbered = tuple([numbers.setdefault(kind, len(numbers)) for kind in kinds])
+        by_id = dict(zip(map(id, self.shardings), self.shardings, strict=True))
+        return Kinds(numbered, tuple([(*aval_kind, by_id[number]) for aval_kind, number in numbers]))
+
+
+_numbered: Recent[Hashable, tuple[_Seen, Kinds]] = Recent(4)
+"""By the ids of what was seen, which the entry keeps, so that they stay its own."""
 
 
 class _Layout(NamedTuple):

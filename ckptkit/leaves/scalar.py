@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import numpy as np
 
+from ckptkit._casts import cast, kind_of
 from ckptkit.grid import Array, ArraySpec, Index
 from ckptkit.leaves._requests import resolve, shared_by_all
 from ckptkit.leaves.base import Kinds, Leaf, LeafSpec, Problem, RestoreArgs, TypeHandler
@@ -23,7 +28,7 @@ _INT64 = np.iinfo(np.int64)
 
 
 class ScalarHandler(TypeHandler[Any]):
-    """Single numbers. Without a target they come back as Python's."""
+    """Single numbers. Without a target they come back as Python's; a number that its target's type cannot hold is a problem."""
 
     typestr = "scalar"
     orbax_typestr = "scalar"
@@ -49,13 +54,16 @@ class ScalarHandler(TypeHandler[Any]):
 
     def request(self, target: Any, spec: LeafSpec, defaults: RestoreDefaults) -> RestoreArgs:
         kind = _plain_type(target.dtype) if isinstance(target, ScalarMetadata) else None if target is None else type(target)
-        return RestoreArgs(restore_type=kind, target=target, defaults=defaults)
+        return RestoreArgs(restore_type=kind, dtype=_dtype_for(kind, spec), target=target, defaults=defaults)
 
     def needs(self, specs: Sequence[LeafSpec], requests: Sequence[RestoreArgs], job: Job) -> Sequence[Sequence[Index] | Problem]:
         return [self._need(spec, request) for spec, request in zip(specs, requests, strict=True)]
 
     def _need(self, spec: LeafSpec, request: RestoreArgs) -> Sequence[Index] | Problem:
-        wanted = resolve(spec, request, () if request.target is not None or request.restore_type else None, strict=True)
+        shape = () if request.target is not None or request.restore_type else None
+        if request.dtype is None and request.restore_type is not None:
+            request = attrs.evolve(request, dtype=_dtype_for(request.restore_type, spec))
+        wanted = resolve(spec, request, shape, strict=True)
         if isinstance(wanted, Problem):
             return wanted
         return ((),) if wanted.shape == () else Problem(f"stored shape {wanted.shape}, but a scalar has no axes.")
@@ -90,18 +98,39 @@ def _plain_type(dtype: np.dtype[Any]) -> type:
     return type(np.zeros((), dtype).item())
 
 
+@functools.lru_cache(maxsize=256)
+def _number_type(kind: Any) -> Any:
+    """The type of numbers that a type is or derives from: Python's or numpy's, which lists those of ml_dtypes too; else None."""
+    known = {*_PYTHON_TYPES, *np.sctypeDict.values()}
+    return next((base for base in getattr(kind, "__mro__", ()) if base in known), None)
+
+
+@functools.lru_cache(maxsize=256)
+def _result_dtype(kind: Any, held: np.dtype[Any]) -> np.dtype[Any]:
+    """The dtype that numbers of another become for a type; Python's types hold every dtype whose numbers are theirs."""
+    number = _number_type(kind)
+    return held if number is None or (number in _PYTHON_TYPES and _plain_type(held) is number) else np.dtype(number)
+
+
+def _dtype_for(kind: Any, spec: LeafSpec) -> np.dtype[Any] | None:
+    """The dtype that a type means for what is stored, so that it is asked whether that may be had."""
+    return None if kind is None or spec.array is None else _result_dtype(kind, spec.array.dtype)
+
+
 def _scalar(stored: Array, request: RestoreArgs) -> Any:
-    """The stored number as the type that the request names, through its dtype if it names one."""
-    value = stored[()] if request.dtype is None else stored.astype(request.dtype)[()]
-    kind: Any = request.restore_type
-    if not isinstance(kind, type) or kind not in (*_PYTHON_TYPES, *np.sctypeDict.values()):
-        return value.item()
-    if issubclass(kind, np.generic):
-        return np.asarray(value).astype(kind)[()]
-    if kind is not complex and np.iscomplexobj(value):
-        value = value.real
-    plain: Any = kind
-    return plain(value.item())
+    """The stored number as the type that the request names, through its dtype if it names one; a `Problem` if it does not fit."""
+    given = stored if request.dtype is None else cast(stored, np.dtype(request.dtype))
+    number = cast(given, _result_dtype(request.restore_type, given.dtype))
+    for before, after in pairwise((stored, given, number)):
+        if kind_of(after.dtype) in "ui" and not _is_kept(before.item(), after.item()):
+            return Problem(f"the number {before.item()} is stored, which {after.dtype} cannot hold; ask for {before.dtype}.")
+    kind = _number_type(request.restore_type)
+    return number.item() if kind is None or kind in _PYTHON_TYPES else number.astype(kind)[()]
+
+
+def _is_kept(stored: Any, whole: int) -> bool:
+    """Whether an integer is what is left of a number without its imaginary and fractional parts."""
+    return math.isfinite(stored.real) and math.trunc(stored.real) == whole
 
 
 def _shortened(value: int) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import inspect
-from collections.abc import Awaitable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 import numpy as np
@@ -329,9 +329,9 @@ def name_refusals(registry: Registry, backend: StorageBackend, names: Sequence[s
         return answers.each(backend.refuse_names(names), len(names), "name", (str, type(None)))
 
 
-def recognising(registry: Registry, location: Location) -> StorageBackend | None:
-    """The first storage backend that says that it recognises what is in a directory."""
-    for backend in registry.storages():
+def recognising(registry: Registry, location: Location, writers: Collection[str] = ()) -> StorageBackend | None:
+    """A storage backend that says that it recognises a directory: where one of its `writers`, by name, does, that one."""
+    for backend in sorted(registry.storages(), key=lambda backend: backend.name not in writers):
         with calling(registry, backend, "recognises"):
             if backend.recognises(location):
                 return backend

@@ -162,7 +162,7 @@ def plan_save(
     if save_args is not None or problems or None in kinds.values():
         return make(), values
     types = tuple(map(type, values))  # which leaf is whose, and which empty node is which
-    key = (structure, types, tuple(kinds.items()), registry, backend, options, max_inflight_bytes, job)
+    key = (structure.shared, types, tuple(kinds.items()), registry, backend, options, max_inflight_bytes, job)
     return _plans.get(key, make), values
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ckptkit import errors, reports
+from ckptkit._casts import can_cast
 from ckptkit._gc import paused_gc
 from ckptkit.grid import Array, ArraySpec, Index, chunk_indices, index_nbytes, index_shape, is_cell
 from ckptkit.index import IndexDocument
@@ -114,6 +115,7 @@ def restore_leaves(
         _tell(damage, [item.key_path for item in items if item.key_path not in damage], where, on_corrupt)
         tracker.corrupt += damage
     sharing.end()
+    _refuse(items, leaves, where)
     return leaves
 
 
@@ -137,9 +139,15 @@ def _answers(items: Sequence[RestoreItem], registry: Registry) -> list[Any]:
 @paused_gc()
 def _needs(items: Sequence[RestoreItem], registry: Registry, where: str) -> list[Sequence[Index]]:
     needs = _answers(items, registry)
-    problems = [(item.key_path, need) for item, need in zip(items, needs, strict=True) if isinstance(need, Problem)]
+    _refuse(items, needs, where)
+    return needs
+
+
+def _refuse(items: Sequence[RestoreItem], found: Sequence[Any], where: str) -> None:
+    """Raises where a `Problem` was found for a leaf."""
+    problems = [(item.key_path, each) for item, each in zip(items, found, strict=True) if isinstance(each, Problem)]
     if not problems:
-        return needs
+        return
     lines = [f"{path}: {problem.message}" for path, problem in problems]
     if all(problem.topology for _, problem in problems):
         paths = ", ".join(str(path) for path, _ in problems[:3])
@@ -180,16 +188,11 @@ def _warn_of_casts(items: Sequence[RestoreItem]) -> None:
 
 
 def _changes_kind(stored: np.dtype[Any], wanted: Any) -> bool:
-    """Whether a cast goes from complex to real, or from floating to integer or bool."""
+    """Whether a cast goes to a kind of number that does not hold the stored one, as from complex to real."""
     try:
-        wanted = np.dtype(wanted)
+        return not can_cast(stored, np.dtype(wanted), "same_kind")
     except TypeError:  # a dtype of jax's own, such as a PRNG key's
         return False
-    if np.can_cast(stored, wanted, "same_kind"):
-        return False
-    if stored.kind == "c":
-        return True
-    return not np.can_cast(stored, np.int64, "same_kind") and np.can_cast(wanted, np.int64, "same_kind")
 
 
 class _Batch(NamedTuple):

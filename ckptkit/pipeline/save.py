@@ -184,12 +184,12 @@ def _write(
     try:
         with paused_gc():
             arrays = list(plan.arrays.values())
-            checksums = {array.name: Checksums(array) for array in arrays}
+            checksums = Checksums(arrays)
         _check_wanted(result)  # an interrupted caller that saw no thread yet has not waited for this one
         location = place()
         together.compare(meeting, plan, location)
         with answers.calling(plan.registry, plan.backend, "data_directories") as asked:
-            covered = answers.directories(asked, plan.backend.data_directories(list(checksums)))
+            covered = answers.directories(asked, plan.backend.data_directories([array.name for array in arrays]))
         tracker.covered.update(f"{location.url}/{path}" for path in covered)
         with paused_gc(), answers.calling(plan.registry, plan.backend, "writer") as asked:
             writer = answers.instance(asked, plan.backend.writer(location, arrays, plan.options, meeting.job), Writer)
@@ -228,14 +228,13 @@ def _given_up() -> errors.CheckpointError:
 
 
 @paused_gc()
-def _write_batch(plan: SavePlan, writer: Writer, staged: _Staged, checksums: Mapping[str, Checksums], written: _Written) -> None:
+def _write_batch(plan: SavePlan, writer: Writer, staged: _Staged, checksums: Checksums, written: _Written) -> None:
     cells = [(plan.arrays[i], cell) for i, _, cell in staged.batch.pieces]
     chunks = answers.chunks(plan.registry, staged.handler, cells, staged.arrays)
     written.byte_count = sum([chunk.data.nbytes for chunk in chunks])
     with answers.calling(plan.registry, writer, "write") as asked:
         answers.instance(asked, writer.write(chunks), Future).add_done_callback(written)
-    for chunk in chunks:
-        checksums[chunk.array.name].add(chunk.index, chunk.data)
+    checksums.add(chunks)
 
 
 @attrs.define

@@ -13,7 +13,6 @@ from typing import Any, Final
 
 import orjson
 
-from ckptkit import errors
 from ckptkit._threads import Workers
 from ckptkit.index import Checksums
 from ckptkit.leaves.base import LeafSpec
@@ -44,7 +43,7 @@ def compare(meeting: Meeting, plan: SavePlan, location: Location) -> None:
 
 
 def joined(
-    meeting: Meeting, plan: SavePlan, location: Location, checksums: Mapping[str, Checksums], tracker: Tracker
+    meeting: Meeting, plan: SavePlan, location: Location, checksums: Checksums, tracker: Tracker
 ) -> dict[str, list[str]] | None:
     """The checksums of every array once all processes have written; None on processes that are not primary.
 
@@ -54,8 +53,8 @@ def joined(
     if meeting.job.others:
         point = f"chunks-{_short(location.url)}"
         if not meeting.job.is_primary:
-            known = {name: {str(i): text for i, text in sums.known().items()} for name, sums in checksums.items()}
-            location.write_bytes(_part_file(meeting.job.process_index), orjson.dumps({k: v for k, v in known.items() if v}))
+            known = {name: {str(i): text for i, text in sums.items()} for name, sums in checksums.known().items()}
+            location.write_bytes(_part_file(meeting.job.process_index), orjson.dumps(known))
             meeting.gather(point)
             return None
         with Workers(_REMOTE_READERS if location.local_path is None else 0, "ckptkit-checksums") as readers:
@@ -63,7 +62,7 @@ def joined(
 
             def learn(*, all_of_them: bool) -> None:
                 while parts and (all_of_them or parts[0].done()):  # and forget, since they are as large as the index
-                    _learn(parts.popleft().result(), checksums, location)
+                    _learn(parts.popleft().result(), checksums)
 
             def written() -> Iterator[int]:
                 for process, _ in meeting.arrivals(point):
@@ -75,7 +74,7 @@ def joined(
             covered = _merged(plan, location, written())
             learn(all_of_them=True)
         tracker.covered.update(f"{location.url}/{path}" for path in covered)
-    return {name: sums.texts() for name, sums in checksums.items()}
+    return checksums.texts()
 
 
 def _merged(plan: SavePlan, location: Location, processes: Iterator[int]) -> Sequence[str]:
@@ -100,11 +99,9 @@ def _taken(location: Location, file: str) -> dict[str, Any]:
     return part
 
 
-def _learn(part: Mapping[str, Any], checksums: Mapping[str, Checksums], location: Location) -> None:
+def _learn(part: Mapping[str, Any], checksums: Checksums) -> None:
     for name, known in part.items():
-        if name not in checksums:
-            raise errors.StorageError(f"{location.url}: a process has checksums of {name!r}, which this process does not save.")
-        checksums[name].learn({int(position): text for position, text in known.items()})
+        checksums.learn(name, {int(position): text for position, text in known.items()})
 
 
 def _facts(plan: SavePlan) -> list[alike.Facts]:

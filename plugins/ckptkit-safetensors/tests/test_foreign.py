@@ -163,7 +163,7 @@ def test_nothing_there_and_nothing_in_it(tmp_path):
     with pytest.raises(errors.NotFoundError):
         ckptkit.restore(tmp_path / "model.safetensors")
     safetensors.numpy.save_file({}, tmp_path / "model.safetensors")
-    with pytest.raises(errors.CheckpointError):
+    with pytest.raises(errors.FormatError, match="It holds: no arrays"):
         ckptkit.restore(tmp_path / "model.safetensors")
 
 

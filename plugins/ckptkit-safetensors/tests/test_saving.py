@@ -4,6 +4,7 @@ import asyncio
 import gc
 import json
 import os
+import shutil
 import tracemalloc
 import weakref
 
@@ -278,6 +279,14 @@ def test_the_list_of_files_has_the_header_alone(tmp_path):
     listed = json.loads((tmp_path / "c" / "ckptkit_files.json").read_bytes())["files"]["model.safetensors"]
     data = (tmp_path / "c" / "model.safetensors").read_bytes()
     assert listed == [len(data) - 8000, xxhash.xxh3_64_hexdigest(data[:-8000]), True]
+    assert ckptkit.verify(tmp_path / "c").state == "whole"
+
+
+def test_a_folder_that_looks_like_an_array_of_zarr_changes_nothing(tmp_path):
+    ckptkit.save(tmp_path / "c", {"a": np.arange(3)}, storage="safetensors")
+    ckptkit.save(tmp_path / "other", {"a": np.arange(4)}, storage="zarr")
+    shutil.copytree(tmp_path / "other" / "a", tmp_path / "c" / "a")
+    assert_same(ckptkit.restore(tmp_path / "c"), {"a": np.arange(3)})
     assert ckptkit.verify(tmp_path / "c").state == "whole"
 
 

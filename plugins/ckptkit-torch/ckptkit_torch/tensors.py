@@ -64,6 +64,8 @@ def _flaw(tensor: torch.Tensor) -> Problem | None:
     if tensor.layout is not torch.strided or tensor.is_nested:
         kind = "nested" if tensor.is_nested else f"of layout {tensor.layout}"
         return Problem(f"the tensor is {kind}, and only dense ones are stored; use its parts, or a dense copy.")
+    if tensor.is_quantized:
+        return Problem(f"{tensor.dtype} is torch's alone; use tensor.dequantize().")
     if tensor.dtype not in _NUMPY:
         return Problem(f"{tensor.dtype} is torch's alone; use tensor.to() with one of {', '.join(map(str, _NUMPY))}.")
     if tensor.device.type not in ("cpu", "meta"):

@@ -106,7 +106,7 @@ REFUSED = {
     "sparse": (lambda: torch.eye(3).to_sparse(), "layout torch.sparse_coo, and only dense ones"),
     "nested": (lambda: torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged), "wraps other tensors|nested"),
     "dtype": (lambda: torch.empty(3, dtype=torch.int4), "torch.int4 is torch's alone; use tensor.to"),
-    "quantised": (quantised, "torch.qint8 is torch's alone; use tensor.to"),
+    "quantised": (quantised, r"torch.qint8 is torch's alone; use tensor.dequantize\(\)"),
     "meta": (lambda: torch.empty(3, device="meta"), "holds no data; it is a target"),
     "lazy": (lambda: torch.nn.LazyLinear(3).weight, "has no shape yet; run the module once"),
     "freed": (freed, "storage of this tensor was freed"),
