@@ -11,7 +11,8 @@ import os
 from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -25,6 +26,10 @@ from ckptkit.metadata.tree import DICT, SEQUENCE, Entry, Key, TreeDocument
 from ckptkit.storage.base import Reader
 
 __all__ = ["Aggregate", "ArraysReader", "document_of_names", "read_aggregate"]
+
+# Each leaf takes a kilobyte and its path, however few bytes it has in the file; a real file has thousands of leaves.
+_MAX_LEAVES: Final = 1 << 18
+_MAX_PATHS_NBYTES: Final = 1 << 26
 
 _PREFIXES = ("PLACEHOLDER://", "AGGREGATED://")  # the second is the first's older spelling
 
@@ -56,7 +61,7 @@ def read_aggregate(location: Location, file: str = AGGREGATE_FILE) -> Aggregate 
     """What the msgpack file says; None where there is no such file (a directory of that name is an array's).
 
     Raises:
-      errors.FormatError: it is malformed, or holds values that are no leaves.
+      errors.FormatError: it is malformed, or holds values that are no leaves, or more leaves than any release wrote.
     """
     if location.names().get(file, True):
         return None
@@ -64,7 +69,12 @@ def read_aggregate(location: Location, file: str = AGGREGATE_FILE) -> Aggregate 
     tree = decode_aggregate(_whole_file(location, file, where), where)
     texts = _texts(location)
     aggregate = Aggregate(TreeDocument(entries=[], use_ocdbt=None), {}, {}, {})
-    entries = [_entry(keys, value, aggregate, texts, where) for keys, value in _leaves(tree, ())]
+    leaves = list(islice(_leaves(tree, ()), _MAX_LEAVES + 1))
+    paths_nbytes = sum([len(key.name) for keys, _ in leaves for key in keys])
+    if len(leaves) > _MAX_LEAVES or paths_nbytes > _MAX_PATHS_NBYTES:
+        most = f"{_MAX_LEAVES} leaves, or {_MAX_PATHS_NBYTES} bytes of paths"
+        raise errors.FormatError(f"{where}: more than {most}: the file is damaged or not to be trusted.")
+    entries = [_entry(keys, value, aggregate, texts, where) for keys, value in leaves]
     return aggregate._replace(document=TreeDocument(entries=entries, use_ocdbt=None))
 
 

@@ -27,7 +27,7 @@ __all__ = ["AGGREGATE_FILE", "decode_aggregate"]
 AGGREGATE_FILE = "checkpoint"
 
 _MAX_DEPTH: Final = 100
-_MAX_VALUES: Final = 1 << 24  # each may take a hundred times its one byte as a Python object
+_MAX_VALUES: Final = 1 << 20  # each may take a hundred times its one byte as a Python object
 _MAX_RANK: Final = 32
 
 _CONSTANTS: Final = {0xC0: None, 0xC2: False, 0xC3: True}

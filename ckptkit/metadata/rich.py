@@ -105,7 +105,7 @@ def _decoded(node: Any, path: Path, leaves: dict[Path, Any], where: str) -> Any:
     fields = {_field(child, where): child.get("value") for child in children}
     try:
         made = _named_tuple(f"{module}_{name}_{len(fields)}".replace(".", "_"), tuple(fields))
-    except ValueError as error:
+    except (ValueError, SyntaxError) as error:  # the second where two fields are one identifier, as 'fi' and its ligature
         raise malformed(where, f"the namedtuple {reprlib.repr(name)} of fields {reprlib.repr([*fields])} ({error})") from error
     return made(*[_decoded(child, (*path, key), leaves, where) for key, child in fields.items()])
 
@@ -119,6 +119,6 @@ def _named_tuple(name: str, fields: tuple[str, ...]) -> Callable[..., Any]:
     """The class for a recorded named tuple: the same one each time, so that two restored trees have one structure.
 
     Raises:
-      ValueError: a name that is no identifier.
+      ValueError, SyntaxError: a name that is no identifier, or fields that are the same one.
     """
     return collections.namedtuple(name, fields)  # noqa: PYI024 - known at run time only

@@ -9,9 +9,15 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["blosc_nbytes", "node_nbytes"]
+__all__ = ["NODE_HEADER_NBYTES", "PLAIN", "ZSTD", "blosc_nbytes", "node_nbytes"]
 
-_NODE_HEADER_NBYTES: Final = 14  # a magic number, the length, the version, the compression method
+NODE_HEADER_NBYTES: Final = 14
+"""A magic number, the length, the version of the format, the compression."""
+
+PLAIN: Final = b"\0\0"
+ZSTD: Final = b"\0\1"
+"""The last two as writers have them; readers take longer numbers too."""
+
 _BLOCK_NBYTES: Final = 128 << 10  # what one zstd block decodes to at most
 _FRAME_MAGIC: Final = b"\x28\xb5\x2f\xfd"
 _RAW, _RUN, _COMPRESSED = range(3)
@@ -23,8 +29,15 @@ def blosc_nbytes(data: bytes) -> int:
 
 
 def node_nbytes(data: bytes) -> int:
-    """An upper bound of the bytes that an OCDBT node or manifest decodes to before a decoder ends or refuses it."""
-    return _zstd_nbytes(data[_NODE_HEADER_NBYTES:]) if data[13:14] == b"\x01" else len(data)
+    """An upper bound of the bytes that an OCDBT node or manifest decompresses to before a decoder ends or refuses it.
+
+    Raises:
+      ValueError: its version or compression is not known, or so written that a decoder may read another one.
+    """
+    method = data[NODE_HEADER_NBYTES - 2 : NODE_HEADER_NBYTES]
+    if method not in (PLAIN, ZSTD):
+        raise ValueError(f"version and compression {method.hex()!r}, expected {PLAIN.hex()!r} or {ZSTD.hex()!r}")
+    return _zstd_nbytes(data[NODE_HEADER_NBYTES:]) if method == ZSTD else len(data)
 
 
 def _zstd_nbytes(data: bytes) -> int:

@@ -26,6 +26,10 @@ from ckptkit.storage.zarr_documents import DOCUMENT_NAMES, Document, documented
 
 __all__ = ["FileValues", "FileWriter", "create_file", "holds_document"]
 
+# What all keys may stand for, beyond what the files hold that their links lead to, and how many times that.
+_MAX_LINKED_NBYTES: Final = 256 << 20
+_MAX_RATIO: Final = 64
+
 # One task for a thread.
 _BATCH_NBYTES: Final = 8 << 20
 _BATCH_FILES: Final = 256
@@ -38,21 +42,32 @@ class FileValues(Values):
         self._directory = directory
 
     def entries(self) -> Mapping[bytes, Value]:
+        found: dict[bytes, Value] = {}
+        held: dict[tuple[int, int], int] = {}
+        claimed = 0
         with mapped_os_errors(self._directory, "list"):
-            found = {os.fsencode(path): Extent(path, 0, self._size(entry)) for path, entry in _files(self._directory)}
+            for path, entry in _files(self._directory):
+                status = self._status(entry)
+                found[os.fsencode(path)] = Extent(path, 0, status.st_size)
+                held[status.st_dev, status.st_ino] = status.st_size
+                claimed += status.st_size
+        stored = sum(held.values())
+        if claimed > _MAX_LINKED_NBYTES + _MAX_RATIO * stored:
+            what = f"links make {claimed} bytes of the {stored} in the files, which is not to be trusted"
+            raise errors.FormatError(f"{self._directory}: {what}; copy the files in their place.")
         return dict(sorted(found.items()))
 
     def read_into(self, wanted: Sequence[tuple[Value, Bytes]], filled: Filled = lambda _: None) -> None:
         read_files(self._directory, places_of(wanted), filled)
 
-    def _size(self, entry: os.DirEntry[str]) -> int:
-        """Bytes of a regular file, which lies below the directory itself where the entry is a link."""
+    def _status(self, entry: os.DirEntry[str]) -> os.stat_result:
+        """The status of a regular file, which lies below the directory itself where the entry is a link."""
         if entry.is_symlink() and not os.path.realpath(entry.path).startswith(os.path.realpath(self._directory) + os.sep):
             raise errors.FormatError(f"{entry.path}: the link leads out of {self._directory}; copy the file in its place.")
         status = entry.stat()
         if not stat.S_ISREG(status.st_mode):
             raise errors.FormatError(f"{entry.path}: expected a regular file, or a directory that is no link.")
-        return status.st_size
+        return status
 
 
 def holds_document(directory: str) -> bool:

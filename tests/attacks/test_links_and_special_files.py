@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 
 import numpy as np
 import pytest
-from sandbox import NEEDS_LINUX, open_hostile, open_variants, unlisted
+from sandbox import NEEDS_LINUX, open_hostile, open_variants, read, unlisted, write
 
 import ckptkit
 from ckptkit import args, errors
@@ -52,6 +53,26 @@ def test_a_link_to_the_checkpoint_itself_and_within_it_is_followed(database, tmp
     os.symlink("elsewhere", os.path.join(database, "_METADATA"))
     os.symlink(database, tmp_path / "latest")
     assert ckptkit.restore(tmp_path / "latest")["b"]["s"] == "text"
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_very_many_links_to_one_chunk_are_refused(files, link):
+    document = json.loads(read(files, "a/.zarray")) | {"shape": [400 << 18], "chunks": [1 << 18]}
+    write(files, "a/.zarray", json.dumps(document).encode())
+    write(files, "a/0", bytes(1 << 20))
+    for i in range(1, 400):
+        link("0" if link is os.symlink else os.path.join(files, "a/0"), os.path.join(files, f"a/{i}"))
+    outcome = open_hostile(files)
+    assert outcome.kind == "refused", outcome
+    assert "links make" in outcome.detail
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_a_link_from_one_chunk_to_another_is_followed(files, link):
+    os.unlink(os.path.join(files, "b.n/0"))
+    write(files, "b.n/elsewhere", np.arange(4).tobytes())
+    link("elsewhere" if link is os.symlink else os.path.join(files, "b.n/elsewhere"), os.path.join(files, "b.n/0"))
+    assert ckptkit.restore(files)["b"]["n"].tolist() == [0, 1, 2, 3]
 
 
 def pipe(directory, name):

@@ -79,6 +79,9 @@ RECORDS = {
     "a named tuple of 100,000 fields": json.dumps(
         {"category": "namedtuple", "module": "m", "clazz": "T", "entries": [{"key": f"f{i}"} for i in range(100_000)]}
     ),
+    "a named tuple of two fields that are one identifier": json.dumps(
+        {"category": "namedtuple", "module": "m", "clazz": "T", "entries": [{"key": "fi"}, {"key": "\ufb01"}]}
+    ),
 }
 
 
@@ -97,6 +100,9 @@ MSGPACK = {
     "an array of 2**32 elements": b"\x81\xa1a\xdd\xff\xff\xff\xff",
     "a map of 2**32 elements": b"\xdf\xff\xff\xff\xff",
     "a text of 2**32 bytes": b"\x81\xa1a\xdb\xff\xff\xff\xff",
+    "half a million leaves of a byte each": b"\x81\xa1a\xdd\x00\x07\xa1\x20" + b"\x01" * 500_000,
+    "two million values": b"\x81\xa1a\xdd\x00\x1e\x84\x80" + b"\x01" * 2_000_000,
+    "a name of a megabyte before 1000 leaves": b"\x81\xdb\x00\x10\x00\x00" + b"a" * (1 << 20) + b"\xdc\x03\xe8" + b"\x01" * 1000,
     "an array of 2**62 numbers": b"\x81\xa1a\xc7\x12\x01\x93\x91\xcf\x40" + bytes(7) + b"\xa2u1\xc4\x00",
     "nothing": b"",
 }
