@@ -253,6 +253,7 @@ class Pending:
         self._lock = lock
         self._force = force
         self._mode = mode
+        self._is_undone = True  # whatever was renamed, durably
 
     def commit(self) -> None:
         """Makes the checkpoint visible; when it returns, it survives a power cut.
@@ -280,8 +281,8 @@ class Pending:
         except BaseException:
             with contextlib.suppress(OSError):
                 if self._lock.is_at(self.path):  # and not another save's, which replaced it meanwhile
-                    os.rename(self.path, new)
-                    sync(os.path.dirname(self.path))
+                    with self._undoing():
+                        os.rename(self.path, new)
             raise
 
     def _replace(self) -> None:
@@ -298,22 +299,32 @@ class Pending:
                     os.rename(new, self.path)
                 sync(os.path.dirname(self.path))
             except BaseException:
-                with contextlib.suppress(OSError):  # the old one must not go with the temporary directory
+                with contextlib.suppress(OSError), self._undoing():  # the old one must not go with the temporary directory
                     _put_back(leftover, self.path, exchanged=exchanged)
-                    sync(os.path.dirname(self.path))
                 raise
             discard(leftover)  # the new one is durable; the next save to this name tidies what stays
         finally:
             if old is not None:
                 old.close()
 
+    @contextlib.contextmanager
+    def _undoing(self) -> Iterator[None]:
+        """Makes a rename back durable. Until it is, the new files stay: a power cut may leave the checkpoint's name with them."""
+        self._is_undone = False
+        yield
+        sync(os.path.dirname(self.path))
+        self._is_undone = True
+
     def overtaken(self) -> errors.CheckpointError | None:
         """The error where another save was committed meanwhile; None, since a lock keeps others out until this one ends."""
         return None
 
     def abandon(self) -> None:
-        """Removes what was written; never raises, since it runs where something else went wrong."""
-        _remove_locked(self.temporary.local_path, self._lock)
+        """Removes what was written, or leaves that to the next save; never raises, since something else went wrong before."""
+        if self._is_undone:
+            _remove_locked(self.temporary.local_path, self._lock)
+        else:
+            self._lock.close()
 
 
 AnyPending = Pending | _marker.Pending

@@ -190,3 +190,32 @@ def test_a_rename_that_is_not_durable_is_undone_unless_another_save_has_replaced
         first.commit()
     first.abandon()
     assert (path / "second").exists()
+
+
+@pytest.mark.parametrize("over", [True, False], ids=["over", "new"])
+def test_what_was_written_stays_where_neither_a_rename_nor_its_undoing_is_durable(
+    tmp_path: Path, monkeypatch: Any, over: bool
+) -> None:
+    """A power cut may leave the new name, which must not lead to files that were deleted; the next save tidies them."""
+    path = tmp_path / "c"
+    if over:
+        old = _begin(path)
+        old.temporary.write_bytes("old", b"")
+        old.commit()
+    new = _begin(path, force=True)
+    new.temporary.write_bytes("new", b"")
+
+    def fail(_: str) -> None:
+        raise OSError(errno.EIO, "I/O error")
+
+    monkeypatch.setattr(commit, "sync", fail)
+    with pytest.raises(errors.StorageError):
+        new.commit()
+    new.abandon()
+    assert [(path / "old").exists(), path.exists()] == [over, over]
+    assert (tmp_path / f"c{commit.TEMPORARY_SUFFIX}" / "new").exists()
+    monkeypatch.undo()
+    again = _begin(path, force=True)
+    again.temporary.write_bytes("again", b"")
+    again.commit()
+    assert [(path / "again").exists(), (path / "new").exists(), list(tmp_path.iterdir())] == [True, False, [path]]
