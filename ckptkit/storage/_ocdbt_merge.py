@@ -10,7 +10,6 @@ from typing import Final
 
 import attrs
 import numpy as np
-import tensorstore as ts
 
 from ckptkit import _filesystem
 from ckptkit._gc import paused_gc
@@ -22,7 +21,6 @@ from ckptkit.storage._data_files import data_files
 from ckptkit.storage._ocdbt_nodes import MANIFEST, Entry, Place, encode_manifest, encode_tree
 from ckptkit.storage._ocdbt_values import OcdbtValues
 from ckptkit.storage._ocdbt_writer import OcdbtWriter
-from ckptkit.storage._tensorstore import context_for, mapped_tensorstore_errors
 from ckptkit.storage._values import Extent
 from ckptkit.storage.base import ArraySpec
 
@@ -84,9 +82,7 @@ def _write_tree(location: Location, entries: Iterable[Entry]) -> None:
 def _entries(location: Location, directory: str) -> dict[bytes, Entry]:
     """What the database of one process holds, by key, with places below the common one."""
     part, base, found = location.child(directory), f"{directory}/", {}
-    with mapped_tensorstore_errors(part.url):
-        store = ts.KvStore.open(part.kvstore(), context=context_for(part)).result()
-    for key, value in OcdbtValues(part, store).entries().items():
+    for key, value in OcdbtValues(part).entries().items():
         assert isinstance(value, Extent | bytes)  # which is all that a database gives
         found[key] = Entry(key, Place(base, *value) if isinstance(value, Extent) else value)
     return found

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import tensorstore as ts
-
 from ckptkit.location import Location
 from ckptkit.options import StorageOptions
 from ckptkit.processes import Job
@@ -18,7 +16,6 @@ from ckptkit.storage._ocdbt_merge import PartWriter, merge
 from ckptkit.storage._ocdbt_nodes import MANIFEST
 from ckptkit.storage._ocdbt_values import OcdbtValues
 from ckptkit.storage._ocdbt_writer import OcdbtWriter
-from ckptkit.storage._tensorstore import context_for, mapped_tensorstore_errors
 from ckptkit.storage._values import key_prefix
 from ckptkit.storage.base import ArraySpec, ManyWriters, Reader, Writer
 from ckptkit.storage.zarr_documents import refusal
@@ -48,12 +45,10 @@ class OcdbtBackend(ManyWriters):
         return merge(location, processes)
 
     def reader(self, location: Location) -> Reader:
-        with mapped_tensorstore_errors(location.url):
-            base = ts.KvStore.open(location.kvstore(), context=context_for(location)).result()
-        return ChunkReader(location, OcdbtValues(location, base))
+        return ChunkReader(location, OcdbtValues(location))
 
     def data_directories(self, names: Iterable[str]) -> Iterable[str]:
-        return ("d",)  # values of chunks and documents, and nodes, whose checksums TensorStore verifies
+        return ("d",)  # values of chunks and documents, and nodes, which have checksums of their own
 
     def recognises(self, location: Location) -> bool:
         return location.exists(MANIFEST)

@@ -10,15 +10,18 @@ import shutil
 import struct
 import zlib
 
+import google_crc32c
 import numpy as np
 import pytest
 import tensorstore as ts
+import zstandard
 from sandbox import NEEDS_LINUX, files_of, open_hostile, read, write
 
 import ckptkit
 from ckptkit import errors
 from ckptkit.index import INDEX_FILE
-from ckptkit.storage._expansion import node_nbytes
+from ckptkit.storage import _ocdbt_nodes as nodes
+from ckptkit.storage._ocdbt_decoding import decode_node
 
 pytestmark = NEEDS_LINUX
 
@@ -98,9 +101,12 @@ def test_a_node_of_a_database_that_expands_to_gigabytes_takes_no_memory(database
 def test_what_a_node_decodes_to_is_never_underestimated(database):
     count = 3000
     database_of(database, b"x" * 1000, count)
-    nodes = [read(database, f"d/{name}") for name in os.listdir(os.path.join(database, "d"))]
-    assert sum(map(len, nodes)) < 100_000
-    assert count * 1000 < sum(map(node_nbytes, nodes)) < 2 * count * 1000
+    stored = [read(database, f"d/{name}") for name in os.listdir(os.path.join(database, "d"))]
+    assert sum(map(len, stored)) < 100_000
+    counted: list[int] = []
+    for node in stored:
+        decode_node(node, b"", b"", counted.append)
+    assert count * 1000 < sum(counted) < 2 * count * 1000
 
 
 @pytest.fixture(params=["local", "remote"])
@@ -134,12 +140,19 @@ def test_a_node_larger_than_any_writer_makes_is_not_read(database, place_of, mon
         ckptkit.restore(place_of(database))
 
 
-def test_a_numbered_manifest_that_expands_to_gigabytes_is_refused(database, place_of):
+@pytest.mark.parametrize("paths", [0, 1 << 16])
+def test_a_numbered_manifest_that_expands_to_gigabytes_takes_no_memory(database, paths):
     database_of(database, b"", 1, manifest_kind="numbered")
     newest = max(name for name in os.listdir(database) if name.startswith("manifest.0"))
-    write(database, newest, read(database, newest)[:14] + packed({"id": "zstd"}, 700 * MIB))
-    with pytest.raises(errors.CorruptCheckpointError, match="stand for"):
-        ckptkit.restore(place_of(database))
+    config = bytes(16) + b"\0\0\0\4\0"
+    start = config + (nodes._varints([paths, *[0] * (paths - 1), *[0xFFFF] * paths, *[0] * paths]) if paths else b"")
+    body = b"\0\1" + zstandard.ZstdCompressor().compress(start + bytes(0 if paths else 700 * MIB))
+    data = b"\x0c\xdb\x3a\x2a" + struct.pack("<Q", 16 + len(body)) + body
+    write(database, newest, data + struct.pack("<I", google_crc32c.value(data)))
+    outcome = open_hostile(database)
+    assert outcome.kind == "refused", outcome
+    assert "stand for" in outcome.detail
+    assert outcome.peak_nbytes < LITTLE
 
 
 def test_more_keys_than_their_bytes_can_bear_out_are_refused(database, monkeypatch):

@@ -12,10 +12,8 @@ import pytest
 import tensorstore as ts
 from sandbox import NEEDS_LINUX, files_of, open_hostile, read, write
 
-import ckptkit
-from ckptkit import errors
 from ckptkit.storage import _ocdbt_nodes as nodes
-from ckptkit.storage._ocdbt_columns import names_nbytes
+from ckptkit.storage._ocdbt_decoding import decode_node
 
 pytestmark = NEEDS_LINUX
 
@@ -116,7 +114,7 @@ def test_a_method_of_compression_is_not_written_otherwise(database, method):
     assert_refused(database, "version and compression")
 
 
-KEYS = leaf_body([0, *[60_000] * 19_999], [b"a", b"b" * 60_000 + bytes(3), *[i.to_bytes(3, "big") for i in range(1, 19_999)]])
+KEYS = leaf_body([0, *[60_000] * 19_998], [b"a", b"b" * 60_000 + bytes(3), *[i.to_bytes(3, "big") for i in range(1, 19_999)]])
 
 
 @pytest.mark.parametrize("method", [b"\0\0", b"\0\1"])
@@ -127,14 +125,14 @@ def test_keys_that_share_what_they_begin_with_are_counted_as_a_whole(database, m
     assert_refused(database, "stand for")
 
 
-def test_a_path_to_which_many_keys_refer_is_counted_for_each(database):
+def test_a_path_to_which_many_keys_refer_is_held_once(database):
     count = 10_000
     files, _ = nodes._files([nodes.Place("", "d/" + "x" * 60_000, 0, 1)])
     keys = leaf_body([0] * (count - 1), [f"{i:05}".encode() for i in range(count)], files=files)
     references = b"\1" * count + bytes(count) + bytes(count)  # kinds, files, offsets
     hostile = Database(database)
     hostile.finish(hostile.leaf(keys[:-count] + references))
-    assert_refused(database, "stand for")
+    assert_refused(database, "File name too long")
 
 
 def test_what_subtrees_have_in_common_is_counted_for_each_key(database):
@@ -147,16 +145,23 @@ def test_what_subtrees_have_in_common_is_counted_for_each_key(database):
     assert_refused(database, "stand for")
 
 
-def test_a_path_to_which_many_versions_refer_is_counted_for_each(database, monkeypatch):
-    monkeypatch.setattr("ckptkit.storage._ocdbt_values._MAX_DECODED_NBYTES", 100_000)
+def test_paths_that_share_what_they_begin_with_are_counted_as_a_whole(database):
+    count = 20_000
+    lengths = varints([60_000] * (count - 1)) + varints([60_000] + [3] * (count - 1)) + bytes(count)
+    paths = b"d/" + b"x" * 59_998 + b"".join(i.to_bytes(3, "big") for i in range(1, count))
+    hostile = Database(database)
+    hostile.finish(hostile.leaf(leaf_body([], [b"k"], files=varints([count]) + lengths + paths)))
+    assert_refused(database, "stand for")
+
+
+def test_a_path_to_which_many_versions_refer_is_held_once(database):
     manifest = ts.ocdbt.dump(ts.KvStore.open(f"file://{database}/").result()).result()
     (version,) = manifest["versions"]
     version["root"]["location"] = "btreenode::" + "d" * 60_000 + ":0:100"
     manifest["config"] |= {"version_tree_arity_log2": 10, "compression": {"id": "zstd"}}
     manifest["versions"] = [version | {"generation_number": i} for i in range(1, 1001)]
     write(database, "manifest.ocdbt", ts.ocdbt.undump_manifest(manifest))
-    with pytest.raises(errors.CorruptCheckpointError, match="stand for"):
-        ckptkit.restore(database)
+    assert_refused(database, "File name too long")
 
 
 @pytest.mark.parametrize("compression", [None, {"id": "zstd"}])
@@ -172,16 +177,19 @@ def test_what_names_take_is_never_underestimated(tmp_path, compression, length):
     assert len(found) > 2
     taken = sum(map(taken_by_names, found))
     assert taken > 2000 * 50
-    assert taken <= sum(map(names_nbytes, found)) < 4 * taken
+    counted: list[int] = []
+    for data in found:
+        decode_node(data, b"", b"", counted.append)
+    assert taken <= sum(counted) < 4 * taken + 300 * 2000
 
 
 def taken_by_names(data):
-    """Bytes of the keys and references that TensorStore makes of a node."""
+    """Bytes of the keys that TensorStore makes of a node."""
     context = ts.Context()
     memory = ts.KvStore.open("memory://", context=context).result()
     memory.write("n", data).result()
     node = ts.ocdbt.dump(memory, f"btreenode::n:0:{len(data)}", context=context).result()
-    names = ("key", "subtree_common_prefix", "location", "indirect_value")
+    names = ("key", "subtree_common_prefix")
     return sum(len(value) for entry in node["entries"] for name, value in entry.items() if name in names)
 
 
