@@ -135,9 +135,8 @@ def decode_node(data: bytes, base: bytes, prefix: bytes, expand: Expand) -> Deco
     shared, rest = (0, *body.varints(count - 1)), body.varints(count)
     common = body.varints(count) if height else ()
     _check_names(shared, rest, _MAX_NAME_NBYTES)
-    expand(
-        (sum(shared) + sum(rest) + count * len(prefix)) * (2 if height else 1)
-    )  # a subtree's prefix is a part of its first key
+    names_nbytes = sum(shared) + sum(rest) + count * len(prefix)
+    expand(2 * names_nbytes if height else names_nbytes)  # a subtree's prefix is a part of its first key
     keys = _names(body, shared, rest, prefix)
     if not all(map(operator.lt, keys, itertools.islice(keys, 1, None))):
         raise ValueError("keys that do not ascend")
@@ -153,13 +152,14 @@ def _versions(body: _Body, arity_log2: int, expand: Expand) -> tuple[int, Subtre
     count = body.count(1 << arity_log2)
     generations = body.varints(count)
     heights = body.take(count)
-    ids, (offsets, sizes) = body.below(count, len(files)), (body.varints(count, _NOWHERE), body.varints(count, _NOWHERE))
+    ids = body.below(count, len(files))
+    offsets, sizes = (body.varints(count, _NOWHERE) for _ in range(2))
     statistics = [*zip(*[body.varints(count, _NOWHERE) for _ in range(3)], strict=True)]
     times = body.times(count)
     _check_ascending([0, *generations])
     _check_ascending(times)
     if not count or generations[0] <= (generations[-1] - 1) >> arity_log2 << arity_log2:
-        raise ValueError(f"the versions {list(generations)}, of which each node has up to {1 << arity_log2}")
+        raise ValueError(f"{count} versions, in one node of up to {1 << arity_log2}")
     is_empty = [offset == size == _NOWHERE for offset, size in zip(offsets, sizes, strict=True)]
     for i in range(count):
         if is_empty[i] and (heights[i] or any(statistics[i])):
@@ -195,7 +195,7 @@ def _skip_version_nodes(body: _Body, file_count: int, arity_log2: int, newest: i
 
 def _check_ascending(numbers: Sequence[int]) -> None:
     if not all(a < b for a, b in itertools.pairwise(numbers)):
-        raise ValueError(f"generations or times that do not ascend: {numbers}")
+        raise ValueError("generations or times that do not ascend")
 
 
 def _subtrees(
@@ -204,11 +204,11 @@ def _subtrees(
     count = len(keys)
     ids, offsets, sizes = body.below(count, len(files)), body.varints(count), body.varints(count)
     for _ in range(3):  # keys, bytes of nodes, bytes of values
-        body.varints(count, _NOWHERE)
+        body.varints(count)
     found = []
     for key, nbytes, file, offset, size in zip(keys, common, ids, offsets, sizes, strict=True):
         if prefix_nbytes + nbytes > len(key):
-            raise ValueError(f"keys below {key!r} that have {nbytes} bytes in common")
+            raise ValueError(f"keys that have {nbytes} bytes in common, of {len(key) - prefix_nbytes}")
         path, base = files[file]
         found.append(Subtree(Extent(path, offset, size), base, height, key[: prefix_nbytes + nbytes], key))
     return found
@@ -246,7 +246,7 @@ def _files(body: _Body, base: bytes, expand: Expand) -> _Files:
     before = 0
     for path, same, nbytes in zip(_names(body, shared, rest, base), shared, bases, strict=True):
         if nbytes > len(path) - len(base) or (same > min(before, nbytes) and before != nbytes):
-            raise ValueError(f"a path {path!r} of which {nbytes} bytes are the base")
+            raise ValueError(f"a path of {len(path)} bytes, of which {nbytes} are the base")
         found.append((path.decode(), path[: len(base) + nbytes]))
         before = nbytes
     return found

@@ -106,7 +106,7 @@ class OcdbtValues(Values):
             if count > _MAX_KEYS + self._stored_nbytes:
                 raise self._not_a_tree(f"{count} keys in {self._stored_nbytes} bytes")
             if node.keys[0] < place.first:
-                raise self._not_a_tree(f"key {node.keys[0]!r} below {place.first!r}")
+                raise self._not_a_tree(f"key {node.keys[0]!r} in a node of keys from {place.first!r} on")
             if node.height:
                 pending.extend(reversed(node.subtrees))
                 continue

@@ -159,7 +159,7 @@ def test_a_path_to_which_many_versions_refer_is_held_once(database):
     (version,) = manifest["versions"]
     version["root"]["location"] = "btreenode::" + "d" * 60_000 + ":0:100"
     manifest["config"] |= {"version_tree_arity_log2": 10, "compression": {"id": "zstd"}}
-    manifest["versions"] = [version | {"generation_number": i} for i in range(1, 1001)]
+    manifest["versions"] = [version | {"generation_number": i, "commit_time": i} for i in range(1, 1001)]
     write(database, "manifest.ocdbt", ts.ocdbt.undump_manifest(manifest))
     assert_refused(database, "File name too long")
 
