@@ -233,8 +233,7 @@ class Checkpointer:
                 saving = Saving(begin, meet, handler, step, tracker, self._notifier, start, owned=handler is not self._handler)
                 ending = saving
                 saving.begin()
-                if force and meet.job.is_primary:
-                    choosing.check_replaceable(registry, location)
+                begin.check()
                 with reports.tracking(tracker), meeting.attending(meet):
                     temporary: Any = begin.later() if deferred else begin().temporary.path
                     if isinstance(handler, AsyncCheckpointHandler):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -160,14 +161,17 @@ def check_not_composite(location: Location, restore_args: args_lib.CheckpointArg
         )
 
 
-_ROOT_MARKS = {FILE_LIST, STEP_FILE}
-_MARKS = _ROOT_MARKS | _DESCRIPTIONS | {ARRAYS_DIRECTORY}
+_ROOT_MARKS = frozenset({FILE_LIST, STEP_FILE})
+_FILE_MARKS = _ROOT_MARKS | _DESCRIPTIONS | {"manifest.ocdbt"}
+_DIRECTORY_MARK = re.compile(rf"{ARRAYS_DIRECTORY}|ocdbt\.process_\d+")
 
 
-def check_replaceable(registry: Registry, location: Location) -> None:
+def check_replaceable(location: Location) -> None:
     """Refuses to replace what is no checkpoint: somebody's other files, or a directory that checkpoints lie in.
 
     A single file and a link are replaced, and so is what is left of a checkpoint, as long as a file says that it was one.
+    Whatever else lies beside such a file goes with it. Checkpoints of old releases in which nothing but a user's file can be told
+    from them are refused too: to move one away costs less than to lose the other.
 
     Raises:
       errors.ExistsError: names what is there.
@@ -176,10 +180,9 @@ def check_replaceable(registry: Registry, location: Location) -> None:
     if location.local_path is not None and os.path.islink(location.local_path):
         return  # what it leads to stays
     names = location.names()
-    if not names or any(map(_is_mark, names)):
-        return
-    within = sorted(name for name, is_directory in names.items() if is_directory and _is_root(location, name))
-    if not within and _has_no_mark_but_is_one(registry, location):
+    folders = sorted(name for name, is_directory in names.items() if is_directory and not is_of_commits(name))
+    within = [name for name in folders if _is_root(location.child(name))]
+    if not names or (not within and any(_is_mark(name, is_directory=names[name]) for name in names)):
         return
     held = f"checkpoints{errors.first_of(within)}" if within else f"something else{errors.first_of(sorted(names))}"
     raise errors.ExistsError(
@@ -188,20 +191,15 @@ def check_replaceable(registry: Registry, location: Location) -> None:
     )
 
 
-def _is_mark(name: str) -> bool:
+def _is_mark(name: str, *, is_directory: bool) -> bool:
     """Whether a file or directory of this name, where a checkpoint would be, says that there was one; others may be gone."""
-    return name in _MARKS or is_of_commits(name) or name.startswith("ocdbt.") or name.endswith(".ocdbt")
+    return is_of_commits(name) or (_DIRECTORY_MARK.fullmatch(name) is not None if is_directory else name in _FILE_MARKS)
 
 
-def _is_root(location: Location, name: str) -> bool:
+def _is_root(location: Location) -> bool:
     """Whether a directory is that of a whole checkpoint, as opposed to that of an item of one."""
     with contextlib.suppress(errors.FormatError):  # a link that leads elsewhere
-        return any(held in _ROOT_MARKS or is_of_commits(held) for held in location.child(name).names())
-    return False
-
-
-def _has_no_mark_but_is_one(registry: Registry, location: Location) -> bool:
-    """Whether the files that are there tell which handler restores them; what cannot be understood does not."""
-    with contextlib.suppress(errors.FormatError, errors.CorruptCheckpointError, errors.NotFoundError):
-        return args_for_files(location, registry) is not None or bool(item_folders(location, registry))
+        return any(
+            is_of_commits(name) if is_directory else name in _ROOT_MARKS for name, is_directory in location.names().items()
+        )
     return False

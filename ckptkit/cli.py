@@ -1,9 +1,10 @@
 """The command line. A command is one function: its name, its docstring as help, its arguments, and what runs it.
 
 Exit status: 0, all is well (verify: the checkpoint is whole); 1, something is wrong with a checkpoint (verify: bytes differ
-from what was written, or are missing); 2, it cannot be told (verify: no checksums to compare with; no checkpoint; files that
-cannot be read; wrong arguments), or what was found could not be printed, or the command itself failed. A script may delete a
-checkpoint for a 1, so nothing else may end with it: a command finds out everything before a line of it is printed.
+from what was written, or are missing), or, of `plugins`, one failed to load; 2, it cannot be told (verify: no checksums to
+compare with; no checkpoint; files that cannot be read; wrong arguments), or what was found could not be printed, or the command
+itself failed. A script may delete a checkpoint for a 1, so nothing else may end with it: a command finds out everything before a
+line of it is printed.
 """
 
 from __future__ import annotations

@@ -28,7 +28,6 @@ from ckptkit._locks import Lock, try_lock
 from ckptkit.file_list import FILE_LIST
 from ckptkit.location import FileLocation, Location, MarkerLocation, mapped_os_errors
 from ckptkit.metadata.step import STEP_FILE, decode_step
-from ckptkit.metadata.tree import TREE_FILE
 from ckptkit.reports import CleanReport
 from ckptkit.restoration import Restoration, current_restoration
 
@@ -154,8 +153,8 @@ def _seen(location: Location) -> tuple[object, tuple[int, int] | None]:
     """The `identity` of a checkpoint, and when anything last came into its directory or left it, as in a deletion.
 
     An inode's number alone is no identity: ext4 gives that of a deleted directory to the next one, so that after two overwrites
-    it is the same again. What tells is a file that a save makes, or, where there is none of these, those times: they are no part
-    of it otherwise, since somebody may put a file beside those of the checkpoint.
+    it is the same again. What tells is the list of files, or, where there is none, those times. They are no part of it otherwise,
+    since somebody may put a file beside those of the checkpoint; that one of these is gone, the list tells.
     """
     if isinstance(location, MarkerLocation):
         committed = _marker.identity(location)
@@ -166,13 +165,11 @@ def _seen(location: Location) -> tuple[object, tuple[int, int] | None]:
     except OSError:
         return None, None
     times = found.st_mtime_ns, found.st_ctime_ns
-    for name in (FILE_LIST, STEP_FILE, TREE_FILE):
-        try:
-            file = os.stat(f"{path}/{name}")
-        except OSError:
-            continue
-        return (found.st_dev, found.st_ino, file.st_ino, file.st_mtime_ns, file.st_size), times
-    return (found.st_dev, found.st_ino, *times), times
+    try:
+        listed = os.stat(f"{path}/{FILE_LIST}")
+    except OSError:
+        return (found.st_dev, found.st_ino, *times), times
+    return (found.st_dev, found.st_ino, listed.st_ino, listed.st_mtime_ns, listed.st_size), times
 
 
 def _neighbours(path: str) -> str:
@@ -391,7 +388,7 @@ def _refuse_foreign(path: str) -> None:
         return
     within = [os.path.join(directory, name) for directory, folders, names in os.walk(temporary) for name in (*folders, *names)]
     age = time.time() - max(_changed_at(each) for each in (temporary, *within))
-    if age < _FOREIGN_SECS:
+    if abs(age) < _FOREIGN_SECS:  # where clocks differ by more, nothing can be told
         raise errors.BusyError(
             f"{path}: another program, such as Orbax, is saving to this path ({temporary} changed {max(0, age):.0f} s ago); wait "
             "for it. Where it is known to be dead, remove that directory."

@@ -11,7 +11,7 @@ from typing import Any, Final
 import attrs
 from etils import epath
 
-from ckptkit import _lifetime, commit, discovery, errors, joint, reports
+from ckptkit import _lifetime, choosing, commit, discovery, errors, joint, reports
 from ckptkit.file_list import write_file_list
 from ckptkit.handlers.base import CheckpointHandler
 from ckptkit.location import Location
@@ -31,6 +31,7 @@ class Beginning:
         """As `joint.begin`, which is called when it is time."""
         self.path = location.url
         self._meeting = meeting
+        self._location = location
         self._force = force
         self._begin = functools.partial(joint.begin, meeting, registry, location, force=force, mode=mode, facts=facts)
         self._lock = threading.Lock()
@@ -45,6 +46,11 @@ class Beginning:
             if self._pending is None:
                 self._pending = self._begin()
             return self._pending
+
+    def check(self) -> None:
+        """With `force`, refuses to replace what is no checkpoint; the errors are those of `choosing.check_replaceable`."""
+        if self._force and self._meeting.job.is_primary:
+            choosing.check_replaceable(self._location)
 
     def later(self) -> DeferredPath:
         """The temporary directory of a save to a local one, not made yet; the errors are those of `commit.check_free`."""
@@ -181,6 +187,7 @@ class Saving:
                 raise overtaken from error
             raise
         temporary.write_bytes(STEP_FILE, described)
+        self._begin.check()  # again, since somebody may have put files there while this save was writing
         pending.commit()
 
     def _report(self) -> None:

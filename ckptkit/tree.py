@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import numbers
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -229,6 +230,12 @@ def _text_key(name: str) -> Key:
 
 def _not_flattened(error: Exception) -> errors.TreeError:
     """For whatever the nodes of a tree raise, which may be anybody's classes."""
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, RecursionError):
+        seen = seen.__cause__ or seen.__context__
+    if seen is not None:
+        limit = sys.getrecursionlimit()
+        return errors.TreeError(f"The tree is nested too deep for Python's recursion limit, which is {limit}: flatten it.")
     return errors.TreeError(f"The tree cannot be flattened: {type(error).__name__}: {error}")
 
 

@@ -113,7 +113,7 @@ def _unlisted_files(location: Location, folders: Sequence[str]) -> Iterator[Part
 
 
 def _strays(stored: StoredTree, prefix: str) -> Iterator[Part]:
-    problem = "came later than the list of files, which lacks it: no restore reads it"
+    problem = "came later than the list of files, which lacks it: a restore of the checkpoint does not read it"
     return (Part(name=prefix + name, byte_count=0, state="unchecked", problem=problem) for name in stored.strays)
 
 

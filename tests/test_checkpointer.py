@@ -153,6 +153,45 @@ def test_force_never_deletes_what_is_no_checkpoint(tmp_path: Path, checkpointer_
         assert_same(ckptkit.restore(runs / "100"), TREE)
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["data/metadata"],
+        ["run/checkpoint"],
+        ["model/model.safetensors"],
+        ["data.zarr/x/.zarray"],
+        ["metadata"],
+        ["checkpoint"],
+        ["model.safetensors"],
+        ["notes.ocdbt"],
+        ["model.ocdbt/precious"],
+        ["step_1/_METADATA", "step_2/_METADATA"],
+        ["_METADATA", "step_1/_CHECKPOINT_METADATA"],
+    ],
+    ids=str,
+)
+def test_force_never_deletes_a_directory_for_a_name_in_it_that_others_use_too(tmp_path: Path, names: list[str]) -> None:
+    for name in [*names, "src/main.py"]:
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_text("{}")
+    with pytest.raises(errors.ExistsError, match="no checkpoint"):
+        ckptkit.save(tmp_path / "run", TREE, force=True)
+    assert all((tmp_path / "run" / name).exists() for name in [*names, "src/main.py"])
+
+
+def test_force_never_deletes_what_came_while_the_save_was_writing(tmp_path: Path) -> None:
+    (tmp_path / "c").mkdir()
+
+    class Handler(ckptkit.JsonCheckpointHandler):
+        def save(self, directory: Any, *positional: Any, **named: Any) -> None:
+            (tmp_path / "c" / "log").write_text("precious")
+            super().save(directory, *positional, **named)
+
+    with ckptkit.Checkpointer(Handler()) as checkpointer, pytest.raises(errors.ExistsError, match=r"no checkpoint.*log"):
+        checkpointer.save(tmp_path / "c", {"a": 1}, force=True)
+    assert [(tmp_path / "c" / "log").read_text(), len(list(tmp_path.iterdir()))] == ["precious", 1]
+
+
 @pytest.mark.parametrize("left", ["_METADATA", "_CHECKPOINT_METADATA", "_sharding", "manifest.ocdbt", "ocdbt.process_0"])
 def test_force_replaces_what_is_left_of_a_checkpoint(tmp_path: Path, left: str) -> None:
     ocp.PyTreeCheckpointer().save(tmp_path / "whole", {"a": jnp.ones(3)})
@@ -386,6 +425,8 @@ def test_pythons_types_hold_numbers_of_every_width(tmp_path: Path) -> None:
         (-1, np.uint8(0)),
         (300, np.int8(0)),
         (8, ml_dtypes.int4(0)),
+        (1e300, np.float32(0)),
+        (1e6, ml_dtypes.float8_e4m3fn(0)),
     ],
 )
 def test_a_number_that_the_targets_type_cannot_hold_is_an_error_that_names_it(tmp_path: Path, stored: Any, target: Any) -> None:
@@ -409,8 +450,10 @@ def test_restore_args_that_name_a_type_of_numbers_obey_casting(tmp_path: Path) -
     ckptkit.save(path, args.PyTreeSave({"a": 2.5}))
     whole = {"a": ckptkit.RestoreArgs(restore_type=int)}
     assert_same(ckptkit.restore(path, args.PyTreeRestore(restore_args=whole)), {"a": 2})
-    with pytest.raises(errors.TargetError, match="casting='same_kind' forbids it"):
-        ckptkit.restore(path, args.PyTreeRestore(restore_args=whole, casting="same_kind"))
+    through = {"a": ckptkit.RestoreArgs(restore_type=int, dtype=np.float64)}
+    for each in (whole, through):
+        with pytest.raises(errors.TargetError, match="casting='same_kind' forbids it"):
+            ckptkit.restore(path, args.PyTreeRestore(restore_args=each, casting="same_kind"))
 
 
 def test_a_sharding_that_does_not_divide_the_shape_is_an_error_that_names_the_leaf(

@@ -90,10 +90,9 @@ def test_a_checkpoint_that_got_the_number_of_the_one_before_the_last_is_another(
     assert len(seen) == 6
 
 
-@pytest.mark.parametrize("name", ["ckptkit_files.json", "_CHECKPOINT_METADATA", "_METADATA"])
-def test_files_that_come_and_go_beside_those_of_a_checkpoint_do_not_disturb_a_reader(tmp_path: Path, name: str) -> None:
+def test_files_that_come_and_go_beside_those_of_a_checkpoint_do_not_disturb_a_reader(tmp_path: Path) -> None:
     pending = _begin(tmp_path / "c")
-    pending.temporary.write_bytes(name, b"")
+    pending.temporary.write_bytes("ckptkit_files.json", b"")
     pending.commit()
     reading = []
     for attempt in commit.attempts(lambda: FileLocation(tmp_path / "c")):
@@ -101,6 +100,22 @@ def test_files_that_come_and_go_beside_those_of_a_checkpoint_do_not_disturb_a_re
             reading.append(location)
             (tmp_path / "c" / "rank_3.done").touch()
     assert len(reading) == 1
+
+
+@pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "_METADATA", "_sharding"])
+def test_a_reader_of_a_checkpoint_without_a_list_looks_again_where_a_file_of_it_goes(tmp_path: Path, name: str) -> None:
+    """It may have been read without a file that says what a leaf is."""
+    pending = _begin(tmp_path / "c")
+    for each in ("_CHECKPOINT_METADATA", "_METADATA", "_sharding"):
+        pending.temporary.write_bytes(each, b"")
+    pending.commit()
+    reading = []
+    for attempt in commit.attempts(lambda: FileLocation(tmp_path / "c")):
+        with attempt as location:
+            reading.append(location)
+            if len(reading) == 1:
+                (tmp_path / "c" / name).unlink()
+    assert len(reading) == 2
 
 
 def test_a_reader_that_fails_on_a_checkpoint_that_is_being_deleted_looks_again(tmp_path: Path) -> None:

@@ -504,6 +504,15 @@ def test_a_command_that_fails_says_nothing_of_the_checkpoint(
     assert "ZeroDivisionError: somewhere deep\nckptkit: failed; this says nothing" in err
 
 
+def test_a_command_that_cannot_be_imported_says_nothing_of_the_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "jax.py").write_text("raise ImportError('cannot allocate memory')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "ckptkit", "verify", str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "cannot allocate memory" in done.stderr
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
 @pytest.mark.parametrize("tqdm", ["tqdm", "nothing"])
 def test_a_terminal_sees_progress(tmp_path: Path, tqdm: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cmath
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import numpy as np
 
-from ckptkit._casts import cast, kind_of
+from ckptkit._casts import can_cast, cast, kind_of
 from ckptkit.grid import Array, ArraySpec, Index
 from ckptkit.leaves._requests import resolve, shared_by_all
 from ckptkit.leaves.base import Kinds, Leaf, LeafSpec, Problem, RestoreArgs, TypeHandler
@@ -66,6 +67,9 @@ class ScalarHandler(TypeHandler[Any]):
         wanted = resolve(spec, request, shape, strict=True)
         if isinstance(wanted, Problem):
             return wanted
+        given, casting = _result_dtype(request.restore_type, wanted.dtype), request.defaults.casting
+        if not can_cast(wanted.dtype, given, casting):  # where a dtype is asked for beside a type
+            return Problem(f"dtype {wanted.dtype} was requested as {request.restore_type}; casting={casting!r} forbids it.")
         return ((),) if wanted.shape == () else Problem(f"stored shape {wanted.shape}, but a scalar has no axes.")
 
     def sharers(
@@ -122,15 +126,17 @@ def _scalar(stored: Array, request: RestoreArgs) -> Any:
     given = stored if request.dtype is None else cast(stored, np.dtype(request.dtype))
     number = cast(given, _result_dtype(request.restore_type, given.dtype))
     for before, after in pairwise((stored, given, number)):
-        if kind_of(after.dtype) in "ui" and not _is_kept(before.item(), after.item()):
+        if not _is_kept(before.item(), after.item(), kind_of(after.dtype)):
             return Problem(f"the number {before.item()} is stored, which {after.dtype} cannot hold; ask for {before.dtype}.")
     kind = _number_type(request.restore_type)
     return number.item() if kind is None or kind in _PYTHON_TYPES else number.astype(kind)[()]
 
 
-def _is_kept(stored: Any, whole: int) -> bool:
-    """Whether an integer is what is left of a number without its imaginary and fractional parts."""
-    return math.isfinite(stored.real) and math.trunc(stored.real) == whole
+def _is_kept(stored: Any, number: Any, kind: str) -> bool:
+    """Whether a number of a kind is what is left of another: an integer lacks its fractional part, what is finite stays so."""
+    if kind in "ui":
+        return math.isfinite(stored.real) and math.trunc(stored.real) == number
+    return kind not in "fc" or cmath.isfinite(number) or not cmath.isfinite(stored)
 
 
 def _shortened(value: int) -> str:

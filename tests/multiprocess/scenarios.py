@@ -433,13 +433,13 @@ def _differs(array: jax.Array, value: np.ndarray) -> bool:
 def _counted_reads() -> list[int]:
     """Grows by the bytes of chunks that this process reads from now on."""
     counts: list[int] = []
-    read = ChunkReader.read
+    read = ChunkReader._read_batch
 
-    def counted(self: ChunkReader, requests: Any) -> Any:
+    def counted(self: ChunkReader, requests: Any, *rest: Any) -> Any:
         counts.extend(out.nbytes for *_, out in requests)
-        return read(self, requests)
+        return read(self, requests, *rest)
 
-    ChunkReader.read = counted
+    ChunkReader._read_batch = counted
     return counts
 
 
