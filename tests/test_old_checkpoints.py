@@ -314,9 +314,7 @@ def test_restore_args_of_a_tree_for_a_composite_are_told_how_to_name_the_item(ke
 
 
 @pytest.mark.parametrize(("release", "kind"), EXPECTED)
-def test_force_replaces_a_checkpoint_with_a_mark_of_its_own_and_no_directory_of_steps(
-    kept: Path, release: str, kind: str
-) -> None:
+def test_force_replaces_a_checkpoint_with_a_mark_and_no_directory_of_steps(kept: Path, release: str, kind: str) -> None:
     """Items and aggregate files of releases before 0.5 could as well be a run's steps, or a file of TensorFlow's."""
     directory = _step(kept, release, kind)
     marks = {"_CHECKPOINT_METADATA", "_METADATA", "_sharding", "manifest.ocdbt", "array_metadatas"}
