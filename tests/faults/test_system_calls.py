@@ -67,8 +67,13 @@ def test_a_sync_that_fails_is_reported_and_the_old_checkpoint_is_whole(start: St
     assert save.returncode == 1
     assert f"ckptkit.errors.StorageError: [Errno {errno.EIO}]" in printed
     assert str(above / "c") in printed
-    assert os.listdir(above) == ["c"]
     assert version_at(above / "c") == OLD
+    if name == ".":  # the undoing of the exchange could not be synced either, so a power cut may still show the new files
+        assert sorted(os.listdir(above)) == ["c", "c.orbax-checkpoint-tmp"]
+        with start() as save:
+            save.communicate(timeout=120)
+        assert version_at(above / "c") == NEW
+    assert os.listdir(above) == ["c"]
 
 
 def test_a_reader_beside_a_disk_that_syncs_slowly_finds_the_old_checkpoint_and_then_the_new_one(
