@@ -76,11 +76,13 @@ class Names:
       keys: per leaf, its keys, outermost first.
       names: per leaf, the names of its keys joined with '.', as Orbax names what it stores.
       has_empty_nodes: whether some of the leaves are none to jax.
+      is_plain: whether all nodes are lists, tuples, and dicts whose keys are texts, so that equal treedefs have the same names.
     """
 
     keys: Sequence[tuple[Key, ...]]
     names: Sequence[str]
     has_empty_nodes: bool
+    is_plain: bool
 
     @functools.cached_property
     def paths(self) -> Sequence[tuple[str, ...]]:
@@ -116,7 +118,11 @@ class Structure:
         return jax.tree.unflatten(self.treedef, leaves)
 
 
+_plain_names: Recent[Any, Names] = Recent(8)
+"""By treedef; of what is not plain it tells that."""
+
 _names: Recent[Any, Names] = Recent(8)
+"""By treedef and its text."""
 
 
 def flatten(tree: Any) -> tuple[list[Any], Structure]:
@@ -130,13 +136,15 @@ def flatten(tree: Any) -> tuple[list[Any], Structure]:
       errors.TreeError: jax cannot flatten the tree (dict keys that do not compare, for example).
     """
     leaves, treedef = _flatten(tree)
+    named = functools.cache(lambda: _named(tree, treedef.num_leaves))
     try:
-        # With its text, since {1: x} and {True: x} have equal treedefs, but other names.
-        shared = _names.get((treedef, str(treedef)), lambda: _named(tree, treedef.num_leaves))
+        shared = _plain_names.get(treedef, named)
+        if not shared.is_plain:  # then with its text, since {1: x} and {True: x} have equal treedefs, but other names
+            shared = _names.get((treedef, str(treedef)), named)
     except errors.TreeError:
         raise
     except Exception:  # noqa: BLE001 - the auxiliary data of a foreign node may refuse to be hashed or compared, in any way
-        shared = _named(tree, treedef.num_leaves)
+        shared = named()
     if shared.has_empty_nodes:
         leaves, treedef = _flatten(tree, is_empty_node)
     _check_count(len(leaves), len(shared.names))
@@ -161,7 +169,7 @@ def _named(tree: Any, leaf_count: int) -> Names:
     except Exception as error:
         raise _not_flattened(error) from error
     _check_count(leaf_count + walk.empty, len(walk.names))
-    return Names(walk.keys, walk.names, walk.empty > 0)
+    return Names(walk.keys, walk.names, walk.empty > 0, walk.is_plain)
 
 
 class _Walk:
@@ -171,6 +179,7 @@ class _Walk:
         self.keys: list[tuple[Key, ...]] = []
         self.names: list[str] = []
         self.empty = 0
+        self.is_plain = True
         self._leaf_kinds: set[type] = set()
 
     def start(self, tree: Any) -> None:
@@ -180,12 +189,13 @@ class _Walk:
             self._below(tree, (), "")
 
     def _below(self, node: Any, path: tuple[Key, ...], prefix: str) -> None:
-        children = _children(node)
-        if self._leaf_kinds.issuperset([type(child) for _, child in children]):  # as for most nodes
-            self.keys.extend([(*path, key) for key, _ in children])
-            self.names.extend([prefix + key.name for key, _ in children])
+        keys, children = _children(node)
+        self.is_plain &= type(node) in (list, tuple) or (type(node) is dict and {str}.issuperset(map(type, node)))
+        if self._leaf_kinds.issuperset(map(type, children)):  # as for most nodes
+            self.keys.extend([(*path, key) for key in keys])
+            self.names.extend([prefix + key.name for key in keys])
             return
-        for key, child in children:
+        for key, child in zip(keys, children, strict=True):
             if self._is_leaf(child):
                 self.keys.append((*path, key))
                 self.names.append(prefix + key.name)
@@ -211,15 +221,16 @@ def _check_count(first: int, second: int) -> None:
         )
 
 
-def _children(node: Any) -> list[tuple[Key, Any]]:
+def _children(node: Any) -> tuple[Sequence[Key], Sequence[Any]]:
     """The keys of a node, and what is there, in jax's order."""
     kind = type(node)
     if kind is dict:
-        return [(_text_key(key) if type(key) is str else Key(str(key), DICT), node[key]) for key in sorted(node)]
+        keys = sorted(node)
+        return list(map(_text_key, map(str, keys))), list(map(node.__getitem__, keys))
     if kind is list or kind is tuple:
-        return [(Key(str(i), SEQUENCE), child) for i, child in enumerate(node)]
+        return [Key(str(i), SEQUENCE) for i in range(len(node))], node
     children, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda part: part is not node)
-    return [(key_of(path[0]), child) for path, child in children]
+    return [key_of(path[0]) for path, _ in children], [child for _, child in children]
 
 
 @functools.lru_cache(maxsize=4096)
