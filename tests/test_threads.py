@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import subprocess
 import sys
 import threading
@@ -11,7 +10,6 @@ from concurrent.futures import Future
 
 import pytest
 
-from ckptkit._gc import paused_gc, resumed_gc
 from ckptkit._threads import Workers
 from ckptkit.storage import Pending
 
@@ -49,7 +47,6 @@ def test_cancelling_drops_what_has_not_begun() -> None:
 def test_they_take_calls_while_the_interpreter_exits() -> None:
     code = """
 import threading, time
-from ckptkit._gc import paused_gc, resumed_gc
 from ckptkit._threads import Workers
 
 def late():
@@ -89,7 +86,6 @@ def test_threads_that_several_callers_started_at_once_all_end():
 def test_workers_that_outlive_the_modules_that_they_use_end_silently():
     code = """
 import os
-from ckptkit._gc import paused_gc, resumed_gc
 from ckptkit._threads import Workers
 
 os.kept = Workers(2, "kept")  # until the modules that were imported after this one have lost their names
@@ -127,29 +123,3 @@ def test_pending_raises_what_failed_just_now_before_its_callbacks_have_run():
     with pytest.raises(OSError, match="just now"):
         pending.wait()
     failing.join()
-
-
-def test_collections_are_paused_and_resumed_by_the_thread_that_paused_them_and_never_against_the_program() -> None:
-    seen = []
-    with paused_gc():
-        seen.append(gc.isenabled())
-        with resumed_gc():
-            seen.append(gc.isenabled())
-            with paused_gc():
-                seen.append(gc.isenabled())
-            seen.append(gc.isenabled())
-        seen.append(gc.isenabled())
-        other = threading.Thread(target=lambda: seen.append(_enabled_where_resumed()))
-        other.start()
-        other.join()
-    assert [*seen, gc.isenabled()] == [False, True, False, True, False, False, True]
-    gc.disable()
-    try:
-        assert not _enabled_where_resumed()
-    finally:
-        gc.enable()
-
-
-def _enabled_where_resumed() -> bool:
-    with paused_gc(), resumed_gc():
-        return gc.isenabled()

@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 import attrs
 
 from ckptkit import errors, reports
-from ckptkit._gc import paused_gc, resumed_gc
+from ckptkit._gc import paused_gc
 from ckptkit.grid import index_nbytes
 from ckptkit.index import Checksums
 from ckptkit.leaves.base import TypeHandler
@@ -79,9 +79,7 @@ class _Budget:
 
     def acquire(self, size: int) -> None:
         with self._changed:
-            if self._open and not self.fits(size):
-                with resumed_gc():
-                    self._changed.wait_for(lambda: not self._open or self.fits(size))
+            self._changed.wait_for(lambda: not self._open or self.fits(size))
             self._used += size
 
     def release(self, size: int) -> None:
@@ -96,7 +94,6 @@ class _Budget:
             self._changed.notify_all()
 
 
-@paused_gc()
 def start_save(
     plan: SavePlan,
     values: Sequence[Any],
@@ -141,7 +138,7 @@ def start_save(
             budget.acquire(batch.held)
             if result.done():
                 break
-            with answers.calling(plan.registry, handler, "stage"):
+            with paused_gc(), answers.calling(plan.registry, handler, "stage"):
                 staged = handler.stage([(values[i], spec, cell) for i, spec, cell in batch.pieces])
             batches.put(_Staged(handler, batch, staged))
         batches.put(None)
@@ -159,8 +156,7 @@ def start_save(
         raise
     if not writer.ident:
         tracker.let_go.set()
-        with resumed_gc():
-            writer.run()  # then the caller writes, once everything is staged, whatever memory that took
+        writer.run()  # then the caller writes, once everything is staged, whatever memory that took
     return result
 
 
