@@ -68,18 +68,18 @@ class Checksums:
         """Those that have arrived, by the array's name and the chunk's place in C order of its grid."""
         return self._known
 
-    def learn(self, name: str, known: Mapping[int, str]) -> None:
-        """Adds what another process knows of an array.
+    def learn(self, name: str, known: Mapping[int, str], where: str) -> None:
+        """Adds what another process, which saves to `where` too, knows of an array.
 
         Raises:
           errors.StorageError: there is no such array, or a chunk was written twice, or is none of this array's.
         """
         if (array := self._arrays.get(name)) is None:
-            raise errors.StorageError(f"a process has checksums of {name!r}, which this process does not save.")
+            raise errors.StorageError(f"{where}: a process has checksums of {name!r}, which this process does not save.")
         own, count = self._known.setdefault(name, {}), chunk_count(array)
         for position, text in known.items():
             if not 0 <= position < count or position in own:
-                raise errors.StorageError(f"array {name!r}: chunk {position} was written by two processes.")
+                raise errors.StorageError(f"{where}: chunk {position} of array {name!r} was written by two processes.")
             own[position] = text
 
     def texts(self) -> dict[str, list[str]]:

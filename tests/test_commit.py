@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,16 +91,21 @@ def test_a_checkpoint_that_got_the_number_of_the_one_before_the_last_is_another(
     assert len(seen) == 6
 
 
+def _attempts(path: Path, read: Callable[[FileLocation], object]) -> int:
+    """How often a reader of a checkpoint begins."""
+    count = 0
+    for attempt in commit.attempts(lambda: FileLocation(path)):
+        with attempt as location:
+            count += 1
+            read(location)
+    return count
+
+
 def test_files_that_come_and_go_beside_those_of_a_checkpoint_do_not_disturb_a_reader(tmp_path: Path) -> None:
     pending = _begin(tmp_path / "c")
     pending.temporary.write_bytes("ckptkit_files.json", b"")
     pending.commit()
-    reading = []
-    for attempt in commit.attempts(lambda: FileLocation(tmp_path / "c")):
-        with attempt as location:
-            reading.append(location)
-            (tmp_path / "c" / "rank_3.done").touch()
-    assert len(reading) == 1
+    assert _attempts(tmp_path / "c", lambda _: (tmp_path / "c" / "rank_3.done").touch()) == 1
 
 
 @pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "_METADATA", "_sharding"])
@@ -109,27 +115,20 @@ def test_a_reader_of_a_checkpoint_without_a_list_looks_again_where_a_file_of_it_
     for each in ("_CHECKPOINT_METADATA", "_METADATA", "_sharding"):
         pending.temporary.write_bytes(each, b"")
     pending.commit()
-    reading = []
-    for attempt in commit.attempts(lambda: FileLocation(tmp_path / "c")):
-        with attempt as location:
-            reading.append(location)
-            if len(reading) == 1:
-                (tmp_path / "c" / name).unlink()
-    assert len(reading) == 2
+    assert _attempts(tmp_path / "c", lambda _: (tmp_path / "c" / name).unlink(missing_ok=True)) == 2
 
 
 def test_a_reader_that_fails_on_a_checkpoint_that_is_being_deleted_looks_again(tmp_path: Path) -> None:
     pending = _begin(tmp_path / "c")
     pending.temporary.write_bytes("_METADATA", b"")
     pending.commit()
-    reading = []
-    for attempt in commit.attempts(lambda: FileLocation(tmp_path / "c")):
-        with attempt as location:
-            reading.append(location)
-            if len(reading) == 1:
-                shutil.rmtree(tmp_path / "c" / "sub")
-                location.read_bytes("sub/file")
-    assert len(reading) == 2
+
+    def read(location: FileLocation) -> None:
+        if (tmp_path / "c" / "sub").exists():
+            shutil.rmtree(tmp_path / "c" / "sub")
+            location.read_bytes("sub/file")
+
+    assert _attempts(tmp_path / "c", read) == 2
 
 
 def test_a_reader_that_writers_disturb_every_time_gives_up(tmp_path: Path) -> None:

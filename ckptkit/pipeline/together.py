@@ -62,7 +62,7 @@ def joined(
 
             def learn(*, all_of_them: bool) -> None:
                 while parts and (all_of_them or parts[0].done()):  # and forget, since they are as large as the index
-                    _learn(parts.popleft().result(), checksums)
+                    _learn(parts.popleft().result(), checksums, location.url)
 
             def written() -> Iterator[int]:
                 for process, _ in meeting.arrivals(point):
@@ -99,9 +99,9 @@ def _taken(location: Location, file: str) -> dict[str, Any]:
     return part
 
 
-def _learn(part: Mapping[str, Any], checksums: Checksums) -> None:
+def _learn(part: Mapping[str, Any], checksums: Checksums, where: str) -> None:
     for name, known in part.items():
-        checksums.learn(name, {int(position): text for position, text in known.items()})
+        checksums.learn(name, {int(position): text for position, text in known.items()}, where)
 
 
 def _facts(plan: SavePlan) -> list[alike.Facts]:
