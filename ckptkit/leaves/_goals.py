@@ -10,6 +10,7 @@ import jax
 from ckptkit import errors
 from ckptkit.grid import Array, Index
 from ckptkit.leaves._keys import KEY_IMPL, wanted_key
+from ckptkit.leaves._numbers import ShardingNumbers
 from ckptkit.leaves._requests import Wanted, clip, fit, resolve
 from ckptkit.leaves._shares import bounds, holders, local_bounds
 from ckptkit.leaves.base import ArrayRestoreArgs, LeafSpec, Problem, RestoreArgs
@@ -43,12 +44,13 @@ class Goal(NamedTuple):
 def goals_of(specs: Sequence[LeafSpec], requests: Sequence[RestoreArgs]) -> list[Goal | Problem]:
     """The goal of each leaf; leaves of which everything is alike share one."""
     known: dict[Any, Goal | Problem] = {}
+    numbers = ShardingNumbers()
     found = []
     for spec, request in zip(specs, requests, strict=True):
         stored = spec.array and (spec.array.shape, spec.array.dtype)
         key: tuple[Any, ...] = (stored, id(spec.sharding), repr(spec.extra.get(KEY_IMPL)), request.dtype, id(request.defaults))
         if isinstance(request, ArrayRestoreArgs):
-            key += (request.global_shape, request.shape, id(request.sharding))
+            key += (request.global_shape, request.shape, numbers.of(request.sharding))
             key += (id(request.mesh), request.mesh_axes, request.strict)
         if (goal := known.get(key)) is None:
             goal = known[key] = _goal(spec, request)

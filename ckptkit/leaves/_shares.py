@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 
 from ckptkit.grid import ArraySpec, Index, chunk_indices
+from ckptkit.leaves._numbers import ShardingNumbers
 from ckptkit.leaves.base import Problem
 from ckptkit.processes import Job
 
@@ -72,12 +73,11 @@ class Shares:
         self._kinds: dict[Any, _Kind | Problem] = {}
         self._turns: dict[Any, int] = {}
         self._known: dict[Any, list[Index]] = {}
-        self._numbers: dict[jax.sharding.Sharding, int] = {}
-        self._seen: dict[int, tuple[jax.sharding.Sharding, int]] = {}  # by identity; holds them, so that no other gets their ids
+        self._numbers = ShardingNumbers()  # which arrays share an object may differ between processes, whose turn it is may not
 
     def of(self, array: ArraySpec, sharding: jax.sharding.Sharding) -> Sequence[Index] | Problem:
         """The cells of the next array that this process writes, or why the job cannot save it."""
-        key = (array[1:], self._number(sharding))
+        key = (array[1:], self._numbers.of(sharding))
         kind = self._kinds.get(key)
         if kind is None:
             kind = self._kinds[key] = self._kind(array, sharding)
@@ -88,13 +88,6 @@ class Shares:
         if (cells := self._known.get((key, turn))) is None:
             cells = self._known[key, turn] = [cell for part in kind.parts for cell in self._mine(*part, turn)]
         return cells
-
-    def _number(self, sharding: jax.sharding.Sharding) -> int:
-        """The same for equal shardings: which arrays share an object may differ between processes, whose turn it is may not."""
-        if (seen := self._seen.get(id(sharding))) is None:
-            number = self._numbers.setdefault(sharding, len(self._numbers))
-            seen = self._seen[id(sharding)] = sharding, number
-        return seen[1]
 
     def _kind(self, array: ArraySpec, sharding: jax.sharding.Sharding) -> _Kind | Problem:
         if sharding.is_fully_addressable and self._job.others:

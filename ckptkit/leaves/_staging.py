@@ -22,8 +22,8 @@ _PINNED_HOST = "pinned_host"
 
 def staged(pieces: Sequence[tuple[jax.Array, LeafSpec, Index]], pinned: Mapping[int, jax.Array]) -> list[Array]:
     """The values of cells, C-contiguous and of the dtypes that are stored; `pinned` are in pinned memory, by their position."""
-    firsts = {id(spec): (leaf, spec) for leaf, spec, _ in pieces}  # leaves that share a spec are alike
-    kinds = {number: (leaf, stored_array(spec)) for number, (leaf, spec) in firsts.items()}
+    firsts = {id(piece[1]): piece for piece in pieces}  # leaves that share a spec are alike
+    kinds = {number: (leaf, stored_array(spec)) for number, (leaf, spec, _) in firsts.items()}
     _start_transfers(pieces, pinned, {number for number, (leaf, _) in kinds.items() if not is_on_host(leaf)})
     if not pinned and all(array.chunk_shape == leaf.shape and array.dtype == leaf.dtype for leaf, array in kinds.values()):
         found = [np.asarray(leaf) for leaf, _, _ in pieces]  # what a training mostly saves, without a question to each

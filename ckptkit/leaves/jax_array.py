@@ -59,8 +59,8 @@ class JaxArrayHandler(TypeHandler[jax.Array]):
         if _problems(leaves):
             return None
         seen = _Seen([leaf.aval for leaf in leaves], [leaf.sharding for leaf in leaves])
-        ids = tuple(map(id, seen.avals)), tuple(map(id, seen.shardings))
-        return _numbered.get(ids, lambda: (seen, seen.kinds()))[1]
+        ids = seen.ids()
+        return _numbered.get(ids, lambda: (seen, seen.kinds(ids)))[1]
 
     def owned(self, leaves: Sequence[Leaf], specs: Sequence[LeafSpec], job: Job) -> Sequence[Sequence[Index] | Problem]:
         shardings = {id(sharding): sharding for sharding in [leaf.value.sharding for leaf in leaves]}  # few, and slow to ask
@@ -159,14 +159,19 @@ class _Seen(NamedTuple):
     avals: Sequence[Any]
     shardings: Sequence[jax.sharding.Sharding]
 
-    def kinds(self) -> Kinds:
-        """The kinds. Shardings by identity, since to hash one takes longer than all the rest, and arrays share a few of them."""
+    def ids(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return tuple(map(id, self.avals)), tuple(map(id, self.shardings))
+
+    def kinds(self, ids: tuple[tuple[int, ...], tuple[int, ...]]) -> Kinds:
+        """The kinds, by identity at first: arrays share a few objects, but jit gives each that it returns an equal sharding."""
+        avals = dict(zip(ids[0], self.avals, strict=True))
+        shardings = dict(zip(ids[1], self.shardings, strict=True))
         numbers: dict[Any, int] = {}
-        aval_kinds = [(aval.shape, aval.dtype) for aval in self.avals]
-        kinds = zip(aval_kinds, map(id, self.shardings), strict=True)
-        numbered = tuple([numbers.setdefault(kind, len(numbers)) for kind in kinds])
-        by_id = dict(zip(map(id, self.shardings), self.shardings, strict=True))
-        return Kinds(numbered, tuple([(*aval_kind, by_id[number]) for aval_kind, number in numbers]))
+        by_ids = dict.fromkeys(zip(*ids, strict=True), 0)
+        for pair in by_ids:
+            aval = avals[pair[0]]
+            by_ids[pair] = numbers.setdefault((aval.shape, aval.dtype, shardings[pair[1]]), len(numbers))
+        return Kinds(tuple(map(by_ids.__getitem__, zip(*ids, strict=True))), tuple(numbers))
 
 
 _numbered: Recent[Hashable, tuple[_Seen, Kinds]] = Recent(4)
