@@ -6,10 +6,11 @@ Empty containers and None count as leaves here, since a checkpoint records them;
 from __future__ import annotations
 
 import functools
+import itertools
 import numbers
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import attrs
@@ -68,26 +69,65 @@ def key_path(keys: Sequence[Key]) -> tuple[str, ...]:
     return tuple([key.name for key in keys])
 
 
-@attrs.frozen(eq=False, slots=False)  # slots would leave no room for the cached property
+class _Run(NamedTuple):
+    """Leaves that follow each other in one node.
+
+    Attributes:
+      path: the keys of the node, outermost first.
+      keys: of the leaves in it.
+      kinds: of those keys.
+    """
+
+    path: tuple[Key, ...]
+    keys: Sequence[str]
+    kinds: Iterable[int]
+
+    def all_keys(self) -> list[tuple[Key, ...]]:
+        """For each leaf its keys, outermost first."""
+        return [(*self.path, _key(name, kind)) for name, kind in zip(self.keys, self.kinds, strict=False)]
+
+
+@attrs.frozen(eq=False, slots=False)  # slots would leave no room for the cached properties
 class Names:
     """What the leaves of a tree are called, which trees of equal structure share.
 
     Attributes:
-      keys: per leaf, its keys, outermost first.
+      runs: where they are, in order; none where the tree is one leaf.
       names: per leaf, the names of its keys joined with '.', as Orbax names what it stores.
       has_empty_nodes: whether some of the leaves are none to jax.
       is_plain: whether all nodes are lists, tuples, and dicts whose keys are texts, so that equal treedefs have the same names.
     """
 
-    keys: Sequence[tuple[Key, ...]]
+    runs: Sequence[_Run]
     names: Sequence[str]
     has_empty_nodes: bool
     is_plain: bool
 
     @functools.cached_property
+    def keys(self) -> Sequence[tuple[Key, ...]]:
+        """Per leaf, its keys, outermost first; made after the caller of a save was let go."""
+        return [keys for run in self.runs for keys in run.all_keys()] if self.runs else [()]
+
+    @functools.cached_property
     def paths(self) -> Sequence[tuple[str, ...]]:
         """Per leaf, the names of its keys: how messages show where a leaf is."""
         return list(map(key_path, self.keys))
+
+    def deepest(self) -> tuple[Key, ...]:
+        """The keys of a leaf that has the most of them."""
+        return max(self.runs, key=lambda run: len(run.path)).all_keys()[0] if self.runs else ()
+
+    def paths_of(self, positions: Sequence[int]) -> list[tuple[str, ...]]:
+        """What `paths` has at these positions, which ascend, without making all of them."""
+        if len(positions) == len(self.names):
+            return list(self.paths)
+        found = []
+        runs, run, start, end = iter(self.runs), None, 0, 0
+        for position in positions:
+            while position >= end and (run := next(runs, None)) is not None:
+                start, end = end, end + len(run.keys)
+            found.append(() if run is None else (*key_path(run.path), run.keys[position - start]))
+        return found
 
 
 @attrs.frozen(eq=False)
@@ -169,14 +209,14 @@ def _named(tree: Any, leaf_count: int) -> Names:
     except Exception as error:
         raise _not_flattened(error) from error
     _check_count(leaf_count + walk.empty, len(walk.names))
-    return Names(walk.keys, walk.names, walk.empty > 0, walk.is_plain)
+    return Names(walk.runs, walk.names, walk.empty > 0, walk.is_plain)
 
 
 class _Walk:
-    """The keys and names of the leaves, empty nodes among them, and how many of those there are."""
+    """Where the leaves are, empty nodes among them, what they are called, and how many of those there are."""
 
     def __init__(self) -> None:
-        self.keys: list[tuple[Key, ...]] = []
+        self.runs: list[_Run] = []
         self.names: list[str] = []
         self.empty = 0
         self.is_plain = True
@@ -184,23 +224,23 @@ class _Walk:
 
     def start(self, tree: Any) -> None:
         if self._is_leaf(tree):
-            self.keys, self.names = [()], [""]
+            self.names = [""]
         else:
             self._below(tree, (), "")
 
     def _below(self, node: Any, path: tuple[Key, ...], prefix: str) -> None:
-        keys, children = _children(node)
+        keys, kinds, children = _children(node)
         self.is_plain &= type(node) in (list, tuple) or (type(node) is dict and {str}.issuperset(map(type, node)))
-        if self._leaf_kinds.issuperset(map(type, children)):  # as for most nodes
-            self.keys.extend([(*path, key) for key in keys])
-            self.names.extend([prefix + key.name for key in keys])
+        if keys and self._leaf_kinds.issuperset(map(type, children)):  # as for most nodes
+            self.runs.append(_Run(path, keys, kinds))
+            self.names.extend([prefix + key for key in keys])
             return
-        for key, child in zip(keys, children, strict=True):
+        for key, kind, child in zip(keys, kinds, children, strict=False):
             if self._is_leaf(child):
-                self.keys.append((*path, key))
-                self.names.append(prefix + key.name)
+                self.runs.append(_Run(path, (key,), (kind,)))
+                self.names.append(prefix + key)
             else:
-                self._below(child, (*path, key), f"{prefix}{key.name}.")
+                self._below(child, (*path, _key(key, kind)), f"{prefix}{key}.")
 
     def _is_leaf(self, node: Any) -> bool:
         if type(node) in self._leaf_kinds:
@@ -221,22 +261,23 @@ def _check_count(first: int, second: int) -> None:
         )
 
 
-def _children(node: Any) -> tuple[Sequence[Key], Sequence[Any]]:
-    """The keys of a node, and what is there, in jax's order."""
+def _children(node: Any) -> tuple[Sequence[str], Iterable[int], Sequence[Any]]:
+    """The names of a node's keys, the kinds of at least as many, and what is there, in jax's order."""
     kind = type(node)
     if kind is dict:
         keys = sorted(node)
-        return list(map(_text_key, map(str, keys))), list(map(node.__getitem__, keys))
+        return list(map(str, keys)), itertools.repeat(DICT), list(map(node.__getitem__, keys))
     if kind is list or kind is tuple:
-        return [Key(str(i), SEQUENCE) for i in range(len(node))], node
+        return list(map(str, range(len(node)))), itertools.repeat(SEQUENCE), node
     children, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda part: part is not node)
-    return [key_of(path[0]) for path, _ in children], [child for _, child in children]
+    found = [key_of(path[0]) for path, _ in children]
+    return [key.name for key in found], [key.kind for key in found], [child for _, child in children]
 
 
 @functools.lru_cache(maxsize=4096)
-def _text_key(name: str) -> Key:
+def _key(name: str, kind: int) -> Key:
     """One object for the many leaves that have the same name in different places."""
-    return Key(name, DICT)
+    return Key(name, kind)
 
 
 def _not_flattened(error: Exception) -> errors.TreeError:

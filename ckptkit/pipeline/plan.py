@@ -14,7 +14,7 @@ from ckptkit._recent import Recent
 from ckptkit.grid import ArraySpec, Index
 from ckptkit.leaves.base import Kinds, Leaf, LeafSpec, Problem, SaveArgs, TypeHandler
 from ckptkit.meeting import current_meeting
-from ckptkit.metadata.tree import MAX_DEPTH, Key
+from ckptkit.metadata.tree import MAX_DEPTH
 from ckptkit.options import StorageOptions
 from ckptkit.pipeline import answers
 from ckptkit.pipeline.limits import BATCH_BYTE_SIZE, BATCH_LEAVES
@@ -229,9 +229,10 @@ def _plan(  # noqa: PLR0913, PLR0917 - what `plan_save` is given, and what it ha
     job = current_meeting().job
     _refuse_depth(structure)
     for each in members:
+        firsts = each.first_positions()
         each.firsts = [
-            Leaf(tree.key_path(structure.keys[i]), structure.names[i], values[i], _checked(args[i], i, problems))
-            for i in each.first_positions()
+            Leaf(path, structure.names[i], values[i], _checked(args[i], i, problems))
+            for i, path in zip(firsts, structure.shared.paths_of(firsts), strict=True)
         ]
         each.found = answers.described(registry, each.handler, each.firsts)
         each.note(each.found, problems)
@@ -256,7 +257,7 @@ def _plan(  # noqa: PLR0913, PLR0917 - what `plan_save` is given, and what it ha
 
 def _refuse_depth(structure: tree.Structure) -> None:
     """Refuses a tree that a restore could not build."""
-    keys: Sequence[Key] = max(structure.keys, key=len, default=())
+    keys = structure.shared.deepest()
     if len(keys) > MAX_DEPTH:
         raise errors.TreeError(
             f"A leaf lies below {len(keys)} keys ({'.'.join(tree.key_path(keys[:3]))} ...), a checkpoint holds trees of at most "
@@ -312,17 +313,19 @@ class _Route(NamedTuple):
 
 def _by_handler(
     values: list[Any], registry: Registry, rules: LeafRules, problems: dict[int, str]
-) -> dict[TypeHandler[Any], list[int]]:
+) -> dict[TypeHandler[Any], Sequence[int]]:
     """Positions of the leaves by type handler; leaves that are saved as arrays are replaced by them, in place."""
-    positions: dict[TypeHandler[Any], list[int]] = {}
+    positions: dict[TypeHandler[Any], Sequence[int]] = {}
     types = list(map(type, values))
-    for kind in dict.fromkeys(types):  # a few, which saves asking 10,000 leaves
+    kinds = dict.fromkeys(types)  # a few, which saves asking 10,000 leaves
+    for kind in kinds:
         route = _route(kind, registry, rules)
-        found = [i for i, each in enumerate(types) if each is kind]
+        found: Sequence[int] = range(len(types)) if len(kinds) == 1 else [i for i, each in enumerate(types) if each is kind]
         if route.as_array:
             found = _as_arrays(found, values, problems)
         if route.handler is not None:
-            positions[route.handler] = sorted([*positions.get(route.handler, ()), *found])
+            others = positions.get(route.handler)
+            positions[route.handler] = sorted([*others, *found]) if others else found
         else:
             unsupported = f"Unsupported type: {kind}; {route.refusal}"
             problems.update({i: unsupported for i in found if not tree.is_empty_node(values[i])})
