@@ -11,6 +11,7 @@ import attrs
 
 from ckptkit import _lifetime, errors
 from ckptkit._checks import given_options
+from ckptkit._gc import paused_gc, resumed_gc
 from ckptkit.checkpointer import Checkpointer, Path
 from ckptkit.handlers.base import CheckpointHandler
 from ckptkit.metadata.step import StepMetadata
@@ -76,16 +77,17 @@ class AsyncCheckpointer(Checkpointer):
         if not self._saving.acquire(timeout=_seconds(self._options.timeout_secs)):
             raise self._late(self._options.timeout_secs)
         try:
-            saving = self._start(directory, args, kwargs, force=force, custom_metadata=custom_metadata)
-            try:
-                self._finish_in_thread(saving)
-            except BaseException as error:
-                with self._handing_over:
-                    taken = saving.take()
-                if taken:
-                    saving.abandon(error)
-                raise
-            saving.let_go()
+            with paused_gc():
+                saving = self._start(directory, args, kwargs, force=force, custom_metadata=custom_metadata)
+                try:
+                    self._finish_in_thread(saving)
+                except BaseException as error:
+                    with self._handing_over:
+                        taken = saving.take()
+                    if taken:
+                        saving.abandon(error)
+                    raise
+                saving.let_go()
         finally:
             self._saving.release()
 
@@ -154,7 +156,8 @@ class AsyncCheckpointer(Checkpointer):
         super().close()
 
     def _get_ready(self) -> None:
-        self.wait_until_finished()
+        with resumed_gc():
+            self.wait_until_finished()
 
     def _finish_in_thread(self, saving: Saving) -> None:
         """Starts the thread that commits; the caller commits where none starts, or none would be waited for."""
@@ -168,7 +171,8 @@ class AsyncCheckpointer(Checkpointer):
                 return
         saving.let_go()
         try:
-            self._finish(saving)
+            with resumed_gc():
+                self._finish(saving)
         finally:
             with self._handing_over:
                 self._thread = None

@@ -13,6 +13,7 @@ import attrs
 
 from ckptkit import _lifetime, choosing, discovery, errors, meeting, reports, restoration
 from ckptkit._checks import a, given_options, optional
+from ckptkit._gc import resumed_gc
 from ckptkit.file_list import read_file_list, relying_on
 from ckptkit.handlers.base import AsyncCheckpointHandler, CheckpointHandler, DeferredPathAsyncCheckpointHandler, run_coroutine
 from ckptkit.location import Location
@@ -240,9 +241,10 @@ class Checkpointer:
                         coroutine = answers.coroutine(registry, handler, handler.async_save(temporary, args=save_args))
                         saving.writing = answers.futures(registry, handler, run_coroutine(coroutine))
                     else:
-                        meeting.on_primary(
-                            lambda: answers.synchronous(registry, handler, handler.save(temporary, args=save_args))
-                        )
+                        with resumed_gc():
+                            meeting.on_primary(
+                                lambda: answers.synchronous(registry, handler, handler.save(temporary, args=save_args))
+                            )
             except BaseException as error:
                 ending.abandon(error)
                 raise

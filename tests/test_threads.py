@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ from concurrent.futures import Future
 
 import pytest
 
+from ckptkit._gc import paused_gc, resumed_gc
 from ckptkit._threads import Workers
 from ckptkit.storage import Pending
 
@@ -123,3 +125,29 @@ def test_pending_raises_what_failed_just_now_before_its_callbacks_have_run():
     with pytest.raises(OSError, match="just now"):
         pending.wait()
     failing.join()
+
+
+def test_collections_are_paused_and_resumed_by_the_thread_that_paused_them_and_never_against_the_program() -> None:
+    seen = []
+    with paused_gc():
+        seen.append(gc.isenabled())
+        with resumed_gc():
+            seen.append(gc.isenabled())
+            with paused_gc():
+                seen.append(gc.isenabled())
+            seen.append(gc.isenabled())
+        seen.append(gc.isenabled())
+        other = threading.Thread(target=lambda: seen.append(_enabled_where_resumed()))
+        other.start()
+        other.join()
+    assert [*seen, gc.isenabled()] == [False, True, False, True, False, False, True]
+    gc.disable()
+    try:
+        assert not _enabled_where_resumed()
+    finally:
+        gc.enable()
+
+
+def _enabled_where_resumed() -> bool:
+    with paused_gc(), resumed_gc():
+        return gc.isenabled()

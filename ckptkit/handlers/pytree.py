@@ -136,6 +136,7 @@ class PyTreeCheckpointHandler(DeferredPathAsyncCheckpointHandler):
         """
         return self.start_save(directory, folded_args(args_lib.PyTreeSave, args, item=item, save_args=save_args))
 
+    @paused_gc()
     def start_save(
         self, directory: epath.Path | PathAwaitingCreation, args: args_lib.PyTreeSave, rules: LeafRules = PLAIN
     ) -> list[Future[Any]]:
@@ -146,16 +147,15 @@ class PyTreeCheckpointHandler(DeferredPathAsyncCheckpointHandler):
         options = self._options
         if args.ocdbt_target_data_file_size is not None:
             options = attrs.evolve(options, target_data_file_size=args.ocdbt_target_data_file_size)
-        with paused_gc():
-            plan, values = plan_save(
-                args.item,
-                args.save_args,
-                registry,
-                registry.storage(self._storage),
-                options,
-                self._save_bytes,
-                attrs.evolve(rules, pinned_host=self._pinned_host),
-            )
+        plan, values = plan_save(
+            args.item,
+            args.save_args,
+            registry,
+            registry.storage(self._storage),
+            options,
+            self._save_bytes,
+            attrs.evolve(rules, pinned_host=self._pinned_host),
+        )
 
         def describe(checksums: Mapping[str, list[str]]) -> Iterable[tuple[str, bytes]]:
             return documents(plan, checksums, custom_metadata, registry, rich=self._rich)

@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 import attrs
 
 from ckptkit import errors, reports
-from ckptkit._gc import paused_gc
+from ckptkit._gc import paused_gc, resumed_gc
 from ckptkit.grid import index_nbytes
 from ckptkit.index import Checksums
 from ckptkit.leaves.base import TypeHandler
@@ -79,7 +79,9 @@ class _Budget:
 
     def acquire(self, size: int) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: not self._open or self.fits(size))
+            if self._open and not self.fits(size):
+                with resumed_gc():
+                    self._changed.wait_for(lambda: not self._open or self.fits(size))
             self._used += size
 
     def release(self, size: int) -> None:
@@ -94,6 +96,7 @@ class _Budget:
             self._changed.notify_all()
 
 
+@paused_gc()
 def start_save(
     plan: SavePlan,
     values: Sequence[Any],
@@ -138,7 +141,7 @@ def start_save(
             budget.acquire(batch.held)
             if result.done():
                 break
-            with paused_gc(), answers.calling(plan.registry, handler, "stage"):
+            with answers.calling(plan.registry, handler, "stage"):
                 staged = handler.stage([(values[i], spec, cell) for i, spec, cell in batch.pieces])
             batches.put(_Staged(handler, batch, staged))
         batches.put(None)
@@ -156,7 +159,8 @@ def start_save(
         raise
     if not writer.ident:
         tracker.let_go.set()
-        writer.run()  # then the caller writes, once everything is staged, whatever memory that took
+        with resumed_gc():
+            writer.run()  # then the caller writes, once everything is staged, whatever memory that took
     return result
 
 
