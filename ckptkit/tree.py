@@ -306,7 +306,7 @@ def flatten_alike(structure: Structure, tree: Any, what: str) -> list[Any]:
 def name_collisions(structure: Structure, stored: Sequence[int]) -> list[str]:
     """For leaves at the positions `stored`, a line for each name that more than one of them has."""
     names = structure.names
-    if len({names[i] for i in stored}) == len(stored):
+    if len(set(map(names.__getitem__, stored))) == len(stored):
         return []
     counts = Counter(names[i] for i in stored)
     paths: dict[str, list[tuple[str, ...]]] = {}

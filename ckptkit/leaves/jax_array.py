@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 
-from ckptkit._recent import Recent
 from ckptkit.grid import Array, ArraySpec, Index, chunk_indices, fit_chunk_shape, index_nbytes
 from ckptkit.leaves._goals import assembled, goals_of, sharers_of
 from ckptkit.leaves._keys import KEY_IMPL, is_key, raw
@@ -58,9 +58,7 @@ class JaxArrayHandler(TypeHandler[jax.Array]):
     def kinds(self, leaves: Sequence[jax.Array]) -> Kinds | None:
         if _problems(leaves):
             return None
-        seen = _Seen([leaf.aval for leaf in leaves], [leaf.sharding for leaf in leaves])
-        ids = seen.ids()
-        return _numbered.get(ids, lambda: (seen, seen.kinds(ids)))[1]
+        return _kinds(_Seen([leaf.aval for leaf in leaves], [leaf.sharding for leaf in leaves]))
 
     def owned(self, leaves: Sequence[Leaf], specs: Sequence[LeafSpec], job: Job) -> Sequence[Sequence[Index] | Problem]:
         shardings = {id(sharding): sharding for sharding in [leaf.value.sharding for leaf in leaves]}  # few, and slow to ask
@@ -159,23 +157,40 @@ class _Seen(NamedTuple):
     avals: Sequence[Any]
     shardings: Sequence[jax.sharding.Sharding]
 
-    def ids(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return tuple(map(id, self.avals)), tuple(map(id, self.shardings))
+    def is_same(self, other: _Seen) -> bool:
+        """Whether both saw the same objects."""
+        if len(self.avals) != len(other.avals):
+            return False
+        return all(map(operator.is_, self.avals, other.avals)) and all(map(operator.is_, self.shardings, other.shardings))
 
-    def kinds(self, ids: tuple[tuple[int, ...], tuple[int, ...]]) -> Kinds:
+    def kinds(self) -> Kinds:
         """The kinds, by identity at first: arrays share a few objects, but jit gives each that it returns an equal sharding."""
-        avals = dict(zip(ids[0], self.avals, strict=True))
-        shardings = dict(zip(ids[1], self.shardings, strict=True))
+        avals = dict(zip(map(id, self.avals), self.avals, strict=True))
+        shardings = dict(zip(map(id, self.shardings), self.shardings, strict=True))
         numbers: dict[Any, int] = {}
-        by_ids = dict.fromkeys(zip(*ids, strict=True), 0)
-        for pair in by_ids:
-            aval = avals[pair[0]]
-            by_ids[pair] = numbers.setdefault((aval.shape, aval.dtype, shardings[pair[1]]), len(numbers))
-        return Kinds(tuple(map(by_ids.__getitem__, zip(*ids, strict=True))), tuple(numbers))
+        by_ids = dict.fromkeys(self._ids(), 0)
+        for aval_id, sharding_id in by_ids:
+            aval = avals[aval_id]
+            kind = (aval.shape, aval.dtype, shardings[sharding_id])
+            by_ids[aval_id, sharding_id] = numbers.setdefault(kind, len(numbers))
+        return Kinds(tuple(map(by_ids.__getitem__, self._ids())), tuple(numbers))
+
+    def _ids(self) -> Iterator[tuple[int, int]]:
+        return zip(map(id, self.avals), map(id, self.shardings), strict=True)
 
 
-_numbered: Recent[Hashable, tuple[_Seen, Kinds]] = Recent(4)
-"""By the ids of what was seen, which the entry keeps, so that they stay its own."""
+_known: tuple[tuple[_Seen, Kinds], ...] = ()
+"""What was seen of the last trees, the last one first."""
+
+
+def _kinds(seen: _Seen) -> Kinds:
+    global _known  # noqa: PLW0603 - replaced as a whole, so that no lock is needed
+    for before, kinds in _known:
+        if before.is_same(seen):
+            return kinds
+    kinds = seen.kinds()
+    _known = ((seen, kinds), *_known[:3])
+    return kinds
 
 
 class _Layout(NamedTuple):

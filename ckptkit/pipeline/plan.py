@@ -237,9 +237,10 @@ def _plan(  # noqa: PLR0913, PLR0917 - what `plan_save` is given, and what it ha
         each.found = answers.described(registry, each.handler, each.firsts)
         each.note(each.found, problems)
         each.note(_refused(registry, backend, each.found), problems)
-    stored = {i for each in members for i in each.positions}
+    positions = [i for each in members for i in each.positions]
+    stored = sorted(positions) if len(members) > 1 else positions
     _refuse_names(registry, backend, structure.names, [i for each in members for i in each.in_arrays()], problems)
-    _raise(structure, problems, tree.name_collisions(structure, sorted(stored)))
+    _raise(structure, problems, tree.name_collisions(structure, stored))
     owned = [answers.owned(registry, each.handler, each.firsts, _sound(each.found), job) for each in members]
     for each, found in zip(members, owned, strict=True):
         each.note(found, problems)
@@ -251,7 +252,8 @@ def _plan(  # noqa: PLR0913, PLR0917 - what `plan_save` is given, and what it ha
         )
         for each, cells in zip(members, owned, strict=True)
     ]
-    empty = {i: tree.hollow(values[i]) for i in range(len(values)) if i not in stored} if len(stored) < len(values) else {}
+    others = set(range(len(values))).difference(stored) if len(stored) < len(values) else ()
+    empty = {i: tree.hollow(values[i]) for i in sorted(others)}
     return SavePlan(structure, empty, groups, backend, options, max_inflight_bytes, registry)
 
 
