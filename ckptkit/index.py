@@ -53,20 +53,21 @@ class Checksums:
 
     def __init__(self, arrays: Iterable[ArraySpec]) -> None:
         self._arrays = {array.name: array for array in arrays}
-        self._known: dict[str, dict[int, str]] = {}
+        self._whole: dict[str, str] = {}  # of arrays that are one chunk, as most are where there are many
+        self._chunks: dict[str, dict[int, str]] = {}
 
     def add(self, chunks: Iterable[Chunk]) -> None:
         """Checksums chunks."""
         for chunk in chunks:
             array, text = chunk.array, block_checksums(chunk.data)
-            if array.chunk_shape == array.shape:  # most arrays, of which there may be many
-                self._known[array.name] = {0: text}
+            if array.chunk_shape == array.shape:
+                self._whole[array.name] = text
             else:
-                self._known.setdefault(array.name, {})[_position(array, chunk.index)] = text
+                self._chunks.setdefault(array.name, {})[_position(array, chunk.index)] = text
 
     def known(self) -> Mapping[str, Mapping[int, str]]:
         """Those that have arrived, by the array's name and the chunk's place in C order of its grid."""
-        return self._known
+        return {name: {0: text} for name, text in self._whole.items()} | self._chunks
 
     def learn(self, name: str, known: Mapping[int, str], where: str) -> None:
         """Adds what another process, which saves to `where` too, knows of an array.
@@ -76,7 +77,9 @@ class Checksums:
         """
         if (array := self._arrays.get(name)) is None:
             raise errors.StorageError(f"{where}: a process has checksums of {name!r}, which this process does not save.")
-        own, count = self._known.setdefault(name, {}), chunk_count(array)
+        if name in self._whole:
+            self._chunks[name] = {0: self._whole.pop(name)}
+        own, count = self._chunks.setdefault(name, {}), chunk_count(array)
         for position, text in known.items():
             if not 0 <= position < count or position in own:
                 raise errors.StorageError(f"{where}: chunk {position} of array {name!r} was written by two processes.")
@@ -90,10 +93,13 @@ class Checksums:
         """
         texts = {}
         for name, array in self._arrays.items():
-            known, count = self._known.get(name, {}), chunk_count(array)
+            if (text := self._whole.get(name)) is not None:
+                texts[name] = [text]
+                continue
+            known, count = self._chunks.get(name, {}), chunk_count(array)
             if len(known) != count:
                 raise errors.StorageError(f"array {name!r}: {count - len(known)} of its chunks were never written.")
-            texts[name] = [*known.values()] if count == 1 else [known[position] for position in range(count)]
+            texts[name] = [known[position] for position in range(count)]
         return texts
 
 

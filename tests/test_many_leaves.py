@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import ckptkit
 from ckptkit import tree
 from ckptkit.grid import ArraySpec
+from ckptkit.leaves import _placing
 from ckptkit.leaves._goals import goals_of
 from ckptkit.leaves._numbers import ShardingNumbers
 from ckptkit.leaves.base import ArrayRestoreArgs, LeafSpec
@@ -90,3 +91,27 @@ def test_no_garbage_is_collected_while_the_caller_waits(tmp_path: Path) -> None:
             gc.callbacks.remove(note)
         assert gc.isenabled()
     assert found == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int4", "bool", "complex64", "float8_e4m3fn"])
+@pytest.mark.parametrize("kind", [None, "unpinned_host", "mesh"])
+@pytest.mark.parametrize("public", [False, True])
+def test_arrays_are_placed_as_the_public_function_places_them(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, kind: str | None, public: bool
+) -> None:
+    """Also where jax no longer has what it uses inside; that it has it now is what the speed of a restore rests on."""
+    assert _placing._PUT is not None
+    if public:
+        monkeypatch.setattr(_placing, "_PUT", None)
+    device = jax.devices()[1]
+    sharding = (
+        NamedSharding(Mesh(np.array([device]), ("x",)), PartitionSpec("x"))
+        if kind == "mesh"
+        else SingleDeviceSharding(device, memory_kind=kind)
+    )
+    data = np.arange(6).reshape(2, 3).astype(dtype)
+    found = _placing.placed(data, sharding)
+    expected = jax.make_array_from_callback(data.shape, sharding, lambda _: data)
+    assert found.sharding == sharding
+    assert (found.aval, found.committed, found.format) == (expected.aval, expected.committed, expected.format)
+    np.testing.assert_array_equal(np.asarray(found), data)

@@ -11,6 +11,7 @@ from ckptkit import errors
 from ckptkit.grid import Array, Index
 from ckptkit.leaves._keys import KEY_IMPL, wanted_key
 from ckptkit.leaves._numbers import ShardingNumbers
+from ckptkit.leaves._placing import placed
 from ckptkit.leaves._requests import Wanted, clip, fit, resolve
 from ckptkit.leaves._shares import bounds, holders, local_bounds
 from ckptkit.leaves.base import ArrayRestoreArgs, LeafSpec, Problem, RestoreArgs
@@ -123,9 +124,7 @@ def assembled(spec: LeafSpec, goal: Goal | Problem, parts: Mapping[Index, Array]
     if len(parts) == 1 and wanted.dtype == spec.array.dtype and not wanted.resized:
         (whole_array,) = parts.values()
         if whole_array.shape == shape:
-            # Its memory is aligned and never written again, so that the CPU backend adopts it without a copy.
-            array = jax.make_array_from_callback(shape, goal.sharding, lambda _: whole_array)
-            return _finished(array, goal)
+            return _finished(placed(whole_array, goal.sharding), goal)  # its memory is aligned, and never written again
     array = jax.make_array_from_callback(shape, goal.sharding, lambda index: fit(spec, wanted, bounds(index, shape), parts))
     return _finished(array, goal)
 

@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 
 from ckptkit import errors
 from ckptkit.storage import ArraySpec, mapped_os_errors
-from ckptkit_safetensors.header import LENGTH_NBYTES, MAX_NBYTES, parse
+from ckptkit_safetensors.header import LENGTH_NBYTES, MAX_NBYTES, parse, sizes
 
 __all__ = ["INDEX_FILE", "Place", "encode_index", "file_names", "is_data_file", "is_index", "opened", "places", "split"]
 
@@ -57,8 +57,7 @@ def split(arrays: Sequence[ArraySpec], limit: int) -> list[list[ArraySpec]]:
     """The arrays of each file, in the order given; a file holds at most `limit` bytes of them, or one array."""
     files: list[list[ArraySpec]] = [[]]
     size = 0
-    for array in arrays:
-        nbytes = array.nbytes
+    for array, nbytes in zip(arrays, sizes(arrays), strict=True):
         if files[-1] and size + nbytes > limit:
             files.append([])
             size = 0

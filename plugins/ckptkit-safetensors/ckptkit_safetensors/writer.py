@@ -78,7 +78,8 @@ class SafetensorsWriter(Writer):
         """A file with its header, as long as it will be; returns the length of the header in bytes."""
         header, starts, nbytes = encode(arrays)
         _make(path, header, len(header) + nbytes)
-        self._places |= {name: (path, len(header) + start) for name, start in starts.items()}
+        before = len(header)
+        self._places |= {name: (path, before + start) for name, start in starts.items()}
         return len(header)
 
     def _write_rows(self, scattered: list[tuple[_Place, Chunk, Index]]) -> None:
