@@ -6,10 +6,14 @@ import functools
 import gc
 import threading
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from concurrent import futures
+from concurrent.futures import Future
+from typing import Any, Final, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+_LONG_SECS: Final = 0.5
 
 
 class _Thread(threading.local):
@@ -75,3 +79,10 @@ class resumed_gc(_Switched):  # noqa: N801 - as above
     """Collections inside, where `paused_gc` keeps them away around it: for what waits, or takes long for other reasons."""
 
     pauses = False
+
+
+def wait(future: Future[Any]) -> None:
+    """Waits until a future is done; with collections where that takes long."""
+    if not futures.wait([future], _LONG_SECS).done:
+        with resumed_gc():
+            futures.wait([future])

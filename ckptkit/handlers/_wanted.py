@@ -9,7 +9,6 @@ import attrs
 import jax
 
 from ckptkit import errors, tree
-from ckptkit._gc import paused_gc
 from ckptkit.handlers._stored import StoredTree
 from ckptkit.leaves.base import ArrayRestoreArgs, LeafSpec, RestoreArgs, TypeHandler
 from ckptkit.metadata.tree import Entry, is_empty_node, nest
@@ -21,7 +20,6 @@ from ckptkit.registry import Registry
 __all__ = ["Wanted", "every_item"]
 
 
-@paused_gc()
 def every_item(registry: Registry, stored: StoredTree, defaults: RestoreDefaults) -> dict[int, RestoreItem]:
     """Every leaf, as it was saved, by the position of its entry."""
     entries = stored.document.entries
@@ -71,7 +69,6 @@ class Wanted:
         self._defaults = defaults
         self._typed_by_target = typed_by_target
 
-    @paused_gc()
     def match(self, target: Any, restore_args: Any, *, partial: bool) -> tree.Structure:
         """Pairs the leaves; the structure of the result is returned.
 

@@ -182,6 +182,7 @@ class PyTreeCheckpointHandler(DeferredPathAsyncCheckpointHandler):
             partial=args.partial_restore,
         )
 
+    @paused_gc()
     def restore_tree(
         self,
         directory: epath.Path,

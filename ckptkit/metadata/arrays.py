@@ -70,12 +70,11 @@ def _record(item: Any, where: str) -> tuple[str, ArrayRecord]:
     outer = expect(item, dict, "an element of array_metadatas", where)
     fields = expect(outer.get("array_metadata"), dict, "array_metadata", where)
     name = expect(fields.get("param_name"), str, "param_name", where)
-    extra = fields.get("ext_metadata")
-    return name, ArrayRecord(
-        shape_of(fields.get("write_shape"), "write_shape", where),
-        shape_of(fields.get("chunk_shape"), "chunk_shape", where),
-        None if extra is None else expect(extra, dict, "ext_metadata", where),
-    )
+    write_shape = shape_of(fields.get("write_shape"), "write_shape", where)
+    chunk_shape = shape_of(fields.get("chunk_shape"), "chunk_shape", where)
+    if (extra := fields.get("ext_metadata")) is not None:
+        expect(extra, dict, "ext_metadata", where)
+    return name, ArrayRecord(write_shape, chunk_shape, extra)
 
 
 def encode_strings(strings: Mapping[str, str]) -> bytes:

@@ -160,7 +160,9 @@ def shape_of(value: Any, what: str, where: str) -> tuple[int, ...]:
     Raises:
       errors.FormatError: anything but an array of integers of at least 0.
     """
-    for size in expect(value, list, what, where):
+    if type(value) is not list:
+        raise unexpected(where, what, value, _WORDS[list])
+    for size in value:
         if type(size) is not int or size < 0:
             raise unexpected(where, what, value, "an array of sizes")
     return tuple(value)

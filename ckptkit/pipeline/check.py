@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 from ckptkit import errors
+from ckptkit._gc import wait
 from ckptkit.grid import Array, ArraySpec, Index, chunk_indices, index_nbytes, index_shape
 from ckptkit.index import BLOCK_BYTE_SIZE, IndexDocument, block_checksums
 from ckptkit.pipeline import answers
@@ -75,6 +76,7 @@ def chunk_problems(
     checksums: Sequence[str] | None = None
     try:
         with answers.calling(registry, reader, _method(reader, index)) as asked:
+            wait(reading)
             found = reading.result()
             if _method(reader, index) == "read_checksums":
                 checksums = asked.each(found, len(chunks), "chunk", (str,))

@@ -12,7 +12,6 @@ import numpy as np
 
 from ckptkit import errors, reports
 from ckptkit._casts import can_cast
-from ckptkit._gc import paused_gc
 from ckptkit.grid import Array, ArraySpec, Index, chunk_indices, index_nbytes, index_shape, is_cell
 from ckptkit.index import IndexDocument
 from ckptkit.leaves.base import LeafSpec, Problem, RestoreArgs, TypeHandler
@@ -136,7 +135,6 @@ def _answers(items: Sequence[RestoreItem], registry: Registry) -> list[Any]:
     return needs
 
 
-@paused_gc()
 def _needs(items: Sequence[RestoreItem], registry: Registry, where: str) -> list[Sequence[Index]]:
     needs = _answers(items, registry)
     _refuse(items, needs, where)
@@ -252,7 +250,6 @@ class _Reading(NamedTuple):
 _Fetches = Callable[[RestoreItem, ArraySpec, Mapping[Index, Array]], Iterable[_Fetched]]
 
 
-@paused_gc()
 def _start_reading(
     batch: _Batch,
     items: Sequence[RestoreItem],
@@ -354,7 +351,6 @@ def _tell(
     raise error
 
 
-@paused_gc()
 def _assemble(
     reading: _Reading, items: Sequence[RestoreItem], registry: Registry, damage: Container[KeyPath], leaves: list[Any]
 ) -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import numpy as np
 
 from ckptkit import errors
+from ckptkit._gc import resumed_gc
 from ckptkit._telling import named
 from ckptkit._threads import Workers
 from ckptkit.grid import Array, Index, index_nbytes
@@ -145,8 +146,9 @@ class Sharing:
         if not self.several:
             return
         self._failed |= failed
-        while self._ahead[0]:
-            self._take_turn(parts)
+        with resumed_gc():
+            while self._ahead[0]:
+                self._take_turn(parts)
         self._ahead.popleft()
 
     def give_up(self, error: BaseException) -> None:

@@ -160,7 +160,8 @@ class ChunkReader(ChecksumReader):
     def _parsed(self, values: Mapping[bytes, Value], version: Version) -> Iterator[tuple[str, Document]]:
         """Key prefixes and documents of the arrays of one version of zarr; documents that are the same are parsed once."""
         last = DOCUMENT_NAMES[version]
-        keys = [key for key in values if key == last.encode() or key.endswith(f"/{last}".encode())]
+        alone, below = last.encode(), f"/{last}".encode()
+        keys = [key for key in values if key.endswith(below) or key == alone]
         parsed = functools.cache(functools.partial(parse, version=version))
         sized = zip(keys, self._values.sized([values[key] for key in keys]), strict=True)
         present = {key: value for key, value in sized if value is not None}
