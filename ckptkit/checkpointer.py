@@ -240,8 +240,9 @@ class Checkpointer:
                     temporary: Any = begin.later() if deferred else begin().temporary.path
                     if isinstance(handler, AsyncCheckpointHandler):
                         with answers.unhurried(registry, handler):
-                            coroutine = answers.coroutine(registry, handler, handler.async_save(temporary, args=save_args))
-                            saving.writing = answers.futures(registry, handler, run_coroutine(coroutine))
+                            made = handler.async_save(temporary, args=save_args)
+                            with contextlib.closing(answers.coroutine(registry, handler, made)) as coroutine:
+                                saving.writing = answers.futures(registry, handler, run_coroutine(coroutine))
                     else:
                         with resumed_gc():
                             meeting.on_primary(
