@@ -25,12 +25,15 @@ BACKENDS = {
     "test_data_is_only_read": broken(faulty.WritesIntoTheData),
     "test_nothing_is_written_after_abort": broken(faulty.WritesLater),
     "test_concurrent_writers": faulty.SharesItsState,
+    "test_several_processes_write_together": faulty.NeverMerges,
     "test_a_failed_write_is_an_error": broken(faulty.Silent),
     "test_reads_parts": broken(reader=faulty.FillsTooMuch),
+    "test_reads_any_part": broken(reader=faulty.ReadsNoParts),
     "test_concurrent_reads": broken(reader=faulty.OneAtATime),
     "test_an_unknown_array_is_not_found": broken(reader=faulty.MakesUpArrays),
     "test_recognises_its_own": broken(recognises=lambda self, location: True),
     "test_leaves_no_file_open": broken(reader=faulty.LeavesOpen),
+    "test_leaves_no_thread_running": broken(reader=faulty.LeavesThreads),
     "test_trees_come_back": broken(reader=faulty.MisShapes),
     "test_refusals_come_before_any_io": broken(faulty.LikesFewDtypes),
     "test_partial_restore": broken(reader=faulty.Zeros),
@@ -45,7 +48,14 @@ BACKENDS = {
 
 def arguments(check, registry, new_location, **given):
     """What a check asks for, as fixtures would give it."""
-    numbers = {"name": "../outside", "names": ("a", "b"), "shapes": ((0,), (2,)), "side": 4, "location": new_location()}
+    numbers = {
+        "name": "../outside",
+        "names": ("a", "b"),
+        "shapes": ((0,), (2,)),
+        "side": 4,
+        "owners": (0, 1),
+        "location": new_location(),
+    }
     everything = {"registry": registry, "new_location": new_location, **numbers, **given}
     return {name: everything[name] for name in inspect.signature(check).parameters if name in everything}
 
@@ -74,7 +84,9 @@ LONG = {"test_many_arrays_in_proportion", "test_trees_come_back"}
 
 
 @pytest.mark.parametrize("check", [pytest.param(check, marks=pytest.mark.slow) if check in LONG else check for check in BACKENDS])
-def test_the_fault_of_a_backend_is_caught(check, registry, new_location):
+def test_the_fault_of_a_backend_is_caught(check, registry, new_location, monkeypatch):
+    monkeypatch.setattr("ckptkit.testing.storage._ENDING_SECS", 0.1)
+
     class Suite(StorageBackendTests):
         many = 1_000
 
@@ -102,6 +114,12 @@ def test_a_future_that_waits_for_commit_is_caught(registry, new_location, monkey
     monkeypatch.setattr("ckptkit.testing._backends.TIMEOUT_SECS", 0.1)
     check = StorageBackendTests().test_data_is_free_when_the_future_is_done
     assert_caught(check, registry, new_location, backend=broken(faulty.WaitsForCommit)())
+
+
+@pytest.mark.parametrize("backend", [faulty.WritesAlone, faulty.MergesTooSoon])
+def test_what_another_process_wrote_and_a_merge_lost_is_missed(backend, registry, new_location):
+    check = StorageBackendTests().test_several_processes_write_together
+    assert_caught(check, registry, new_location, backend=backend())
 
 
 class TestThePlainOneKeepsEveryPromise(StorageBackendTests):
