@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sqlite3
 import threading
 import time
 from pathlib import Path
@@ -151,6 +152,18 @@ def save_later(self, directory, *, args):
 def save_silently(self, directory, *, args):
     with contextlib.suppress(OSError):
         LinesHandler.save(self, directory, args=args)
+
+
+def save_to_database(self, directory, *, args):
+    with contextlib.closing(sqlite3.connect(directory / "lines.db")) as database:
+        database.execute("create table lines (line)")
+        database.executemany("insert into lines values (?)", [(line,) for line in args.lines])
+        database.commit()
+
+
+class Unpicklable(list):
+    def __reduce_ex__(self, protocol):
+        raise TypeError("a list of locks")
 
 
 def save_unlisted(self, directory, *, args):

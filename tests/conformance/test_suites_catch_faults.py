@@ -12,6 +12,7 @@ import pytest
 from faulty_backends import broken
 
 from ckptkit.testing import CheckpointHandlerTests, StorageBackendTests, TypeHandlerTests
+from ckptkit.testing.handlers import _Case
 
 BACKENDS = {
     "test_refuses_with_reasons_and_takes_plain_arrays": broken(refuse=lambda self, arrays: [""] * len(arrays)),
@@ -128,7 +129,12 @@ class TestThePlainOneKeepsEveryPromise(StorageBackendTests):
 
     @pytest.fixture
     def backend(self):
-        return faulty.Plain()
+        return faulty.Together()
+
+
+@pytest.mark.parametrize("shapes", [((0,),), ((), (3, 0, 2), (2,))])
+def test_a_backend_may_refuse_empty_arrays(location, shapes):
+    StorageBackendTests().test_empty_arrays_are_listed(faulty.HasNoEmptyArrays(), location, shapes)
 
 
 @pytest.mark.parametrize("check", faulty_handlers.LEAVES)
@@ -152,8 +158,6 @@ def test_every_check_of_type_handlers_has_its_fault():
 
 @pytest.mark.parametrize("check", faulty_handlers.HANDLERS)
 def test_the_fault_of_a_handler_is_caught(check, registry, new_location, tmp_path):
-    from ckptkit.testing.handlers import _Case
-
     class Suite(CheckpointHandlerTests):
         checksummed = True
 
@@ -169,3 +173,25 @@ def test_the_fault_of_a_handler_is_caught(check, registry, new_location, tmp_pat
 
 def test_every_check_of_handlers_has_its_fault():
     assert faulty_handlers.HANDLERS.keys() == checks(CheckpointHandlerTests)
+
+
+def case_of(made, registry, new_location, make_item=lambda seed: ["line", str(seed)]):
+    """What the suite of handlers gives its checks."""
+    args_class, handler_class = made
+    registry.add_args(args_class, handler_class, for_save=True, for_restore=True)
+    return _Case(handler_class(), make_item, args_class, None, registry, new_location)
+
+
+def test_a_handler_may_raise_errors_of_another_library(registry, new_location):
+    case = case_of(faulty_handlers.lines(save=faulty_handlers.save_to_database)(), registry, new_location)
+    CheckpointHandlerTests().test_a_failed_save_leaves_nothing(case)
+
+
+def test_items_that_cannot_be_pickled_are_restored_by_a_fresh_process_and_skipped(registry, new_location, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr("ckptkit.testing._checkpoints.fresh_process", lambda *arguments: started.append(arguments))
+    made = faulty_handlers.lines()()
+    case = case_of(made, registry, new_location, lambda seed: faulty_handlers.Unpicklable(["line", str(seed)]))
+    with pytest.raises(pytest.skip.Exception, match="the item could not be pickled: TypeError: a list of locks"):
+        CheckpointHandlerTests().test_a_fresh_process_restores(case, tmp_path)
+    assert len(started) == 1
