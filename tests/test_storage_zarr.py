@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import ckptkit
 from ckptkit import errors
-from ckptkit.grid import ArraySpec, Chunk, chunk_indices, index_shape
+from ckptkit.grid import ArraySpec, Chunk, chunk_indices, index_shape, whole
 from ckptkit.location import FileLocation
 from ckptkit.options import StorageOptions
 from ckptkit.processes import Job
@@ -242,6 +242,18 @@ def test_names_that_the_file_system_takes_for_one_are_not_written_over_each_othe
         writer.commit()
     writer.abort()
     assert caught.value.errno == errno.EEXIST
+
+
+def test_a_chunk_that_two_processes_write_is_refused_and_said_to_be_that(location):
+    spec = spec_of("a", array((2,)))
+    chunk = Chunk(spec, whole((2,)), np.zeros(2, spec.dtype))
+    writers = [BACKEND.writer(location, [spec], StorageOptions(), Job(process, (0, 1))) for process in (0, 1)]
+    for writer in writers:
+        writer.write([chunk])
+    writers[0].commit()
+    with pytest.raises(errors.StorageError, match="or two processes wrote the same chunk: `owned`"):
+        writers[1].commit()
+    writers[1].abort()
 
 
 @pytest.mark.parametrize("name", ["a/b", "a b", "50%", "größe", "a.b", "file:x", "W", "-", "a" * 255])

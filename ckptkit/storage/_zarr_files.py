@@ -156,7 +156,10 @@ def create_file(path: str, data: Any, *, sync: bool = False) -> None:
                 if sync:
                     os.fsync(file.fileno())
         except FileExistsError as error:
-            what = "two arrays would have this file, since the file system does not tell their names apart; rename one of them"
+            what = (
+                "two arrays would have this file, since the file system does not tell their names apart: rename one of them; "
+                "or two processes wrote the same chunk: `owned` of the leaf's type handler must give it to one of them"
+            )
             raise errors.StorageError(errno.EEXIST, what, path) from error
 
 

@@ -218,7 +218,9 @@ def fresh_process(code: str, *arguments: str) -> None:
     done = subprocess.run(  # noqa: S603 - this interpreter, and code of our own
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=by_hand.TIMEOUT_SECS, check=False
     )
-    assert done.returncode == 0, f"a fresh process failed; is the plugin installed, with its entry point?\n{done.stderr}"
+    assert done.returncode == 0, (
+        f"a fresh process failed; if it finds no plugin, is that installed, with its entry point?\n{done.stderr}"
+    )
 
 
 def together(work: Callable[[int], T], count: int) -> list[T]:

@@ -12,7 +12,6 @@ from typing import Any, ClassVar, NamedTuple
 import pytest
 
 import ckptkit
-from ckptkit import errors
 from ckptkit.args import CheckpointArgs, Composite
 from ckptkit.handlers import AsyncCheckpointHandler, CheckpointHandler
 from ckptkit.registry import Registry
@@ -192,12 +191,12 @@ class CheckpointHandlerTests:
     @promise("A save that fails raises, and leaves no checkpoint.", f"{_HANDLER}.save")
     def test_a_failed_save_leaves_nothing(self, case: _Case) -> None:
         location, directory = case.new_location(), case.new_location()
-        with checkpoints.small_files(directory, 0), pytest.raises((errors.CheckpointError, OSError)):
+        with checkpoints.small_files(directory, 0), pytest.raises(Exception):  # noqa: B017, PT011 - it is passed on as it is
             case.handler.save(directory.path, args=case.args())
         with (
             ckptkit.Checkpointer(case.handler, registry=case.registry) as checkpointer,
             checkpoints.small_files(location, 0),
-            pytest.raises((errors.CheckpointError, OSError)),
+            pytest.raises(Exception),  # noqa: B017, PT011 - as above
         ):
             checkpointer.save(f"{location.url}/checkpoint", args=case.args())
         assert by_hand.snapshot(location) == {}
@@ -216,15 +215,29 @@ class CheckpointHandlerTests:
 
     @promise("A fresh process restores what was saved: the handler is found by entry point.", "docs/extending.md, A package")
     def test_a_fresh_process_restores(self, case: _Case, tmp_path: Path) -> None:
-        args = () if case.restore_args is None else (case.restore_args,)
+        args, no_args = _pickled(() if case.restore_args is None else (case.restore_args,))
+        item, no_item = _pickled(case.make_item(0))
+        if no_args:
+            pytest.skip(f"restore_args could not be pickled for the fresh process: {no_args}")
         given, found = tmp_path / "args.pickle", tmp_path / "found.pickle"
-        given.write_bytes(pickle.dumps(args))
+        given.write_bytes(args)
         code = (
             "import pickle, sys, ckptkit\n"
             "path, given, found = sys.argv[1:]\n"
             "restored = ckptkit.Checkpointer().restore(path, *pickle.load(open(given, 'rb')))\n"
-            "pickle.dump(restored, open(found, 'wb'))\n"
+            "if found:\n"
+            "    pickle.dump(restored, open(found, 'wb'))\n"
         )
-        checkpoints.fresh_process(code, case.saved().location.url, str(given), str(found))
-        expected = pickle.loads(pickle.dumps(case.make_item(0)))  # noqa: S301 - our own; pickle forgets where an array lived
+        checkpoints.fresh_process(code, case.saved().location.url, str(given), "" if no_item else str(found))
+        if no_item:
+            pytest.skip(f"a fresh process restored it, but what was not seen: the item could not be pickled: {no_item}")
+        expected = pickle.loads(item)  # noqa: S301 - our own; pickle forgets where an array lived
         self.assert_same(pickle.loads(found.read_bytes()), expected)  # noqa: S301 - written by the process above
+
+
+def _pickled(value: Any) -> tuple[bytes, str]:
+    """A value for another process, and why it cannot be sent: '' where it can."""
+    try:
+        return pickle.dumps(value), ""
+    except Exception as error:  # noqa: BLE001 - whatever the value's own methods raise
+        return b"", f"{type(error).__name__}: {error}"

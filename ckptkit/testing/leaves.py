@@ -130,6 +130,18 @@ class TypeHandlerTests:
             expected = [] if spec.array is None else sorted(chunk_indices(spec.array))
             assert sorted(cells) == expected, spec
 
+    @promise("Of several processes one writes each cell, or a Problem says why they cannot.", f"{_HANDLER}.owned")
+    def test_processes_share_the_cells(self, handler: TypeHandler[Any], make_leaf: Callable[[int], Any]) -> None:
+        leaves = _leaves(make_leaf, 20)
+        specs = _described(handler, leaves)
+        first, second = [handler.owned(leaves, specs, Job(process, (0, 1))) for process in (0, 1)]
+        assert len(first) == len(second) == len(leaves)
+        for spec, mine, theirs in zip(specs, first, second, strict=True):
+            if isinstance(mine, Problem) or isinstance(theirs, Problem):  # such as one that lies on devices of this process
+                continue
+            expected = [] if spec.array is None else sorted(chunk_indices(spec.array))
+            assert sorted([*mine, *theirs]) == expected, f"{spec}: process 0 writes {mine}, process 1 {theirs}"
+
     @promise("stage() gives a C-contiguous array of the spec's dtype for each cell, of the cell's shape.", f"{_HANDLER}.stage")
     def test_stages_what_it_described(self, handler: TypeHandler[Any], make_leaf: Callable[[int], Any]) -> None:
         pieces = _pieces(handler, _leaves(make_leaf, 20))

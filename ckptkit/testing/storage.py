@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import jax
@@ -18,7 +20,7 @@ from ckptkit.args import PyTreeRestore
 from ckptkit.file_list import read_file_list
 from ckptkit.options import StorageOptions
 from ckptkit.registry import Registry
-from ckptkit.storage import Job, Location, StorageBackend, chunk_indices
+from ckptkit.storage import Job, Location, ManyWriters, PartialReader, StorageBackend, chunk_indices
 from ckptkit.testing import _backends as by_hand
 from ckptkit.testing import _checkpoints as checkpoints
 from ckptkit.testing import strategies
@@ -39,6 +41,12 @@ HOSTILE_NAMES = (
 
 FAMILIES = (("a", "A"), ("a", "a/b", "a/0"), ("a", "a.b", "a/b"), ("a", "a/"), ("a/b", "a\\b"), ("0", "0.0", "c/0"))
 """Names of which a backend may take one for a part of the other."""
+
+
+_ENDING_SECS = 5
+"""For threads that were told to end."""
+
+_BOTH = (0, 1)
 
 
 class StorageBackendTests:
@@ -84,16 +92,18 @@ class StorageBackendTests:
             shape, dtype = data.draw(shapes), data.draw(st.sampled_from(strategies.NUMPY_DTYPES))
             cut = tuple(data.draw(st.integers(1, max(1, n))) for n in shape)
             arrays.append(by_hand.array(f"a{i}", shape, dtype, cut, seed=i))
-        answers = backend.refuse([stored.spec for stored in arrays])
-        taken = [stored for stored, answer in zip(arrays, answers, strict=True) if answer is None]
+        taken = _taken(backend, arrays)
         location = new_location()
         by_hand.write(backend, location, taken)
         by_hand.read(backend, location, taken)
 
-    @promise("Every array is listed, those without a chunk too, and a tree may have none.", "ckptkit.storage.Reader.arrays")
+    @promise(
+        "Every array that is not refused is listed, those without a chunk too, and a tree may have none.",
+        "ckptkit.storage.Reader.arrays",
+    )
     @pytest.mark.parametrize("shapes", [(), ((0,),), ((), (3, 0, 2), (2,))], ids=["none", "empty", "mixed"])
     def test_empty_arrays_are_listed(self, backend: StorageBackend, location: Location, shapes: Any) -> None:
-        arrays = [by_hand.array(f"a{i}", shape, seed=i) for i, shape in enumerate(shapes)]
+        arrays = _taken(backend, [by_hand.array(f"a{i}", shape, seed=i) for i, shape in enumerate(shapes)])
         by_hand.write(backend, location, arrays)
         with contextlib.closing(backend.reader(location)) as reader:
             assert set(reader.arrays()) == {stored.spec.name for stored in arrays}
@@ -190,6 +200,30 @@ class StorageBackendTests:
                 return
         by_hand.read(backend, location, [stored])  # it found a way, or it kept silent
 
+    @promise("Several processes write one checkpoint: merge() makes one of what each wrote.", "ckptkit.storage.ManyWriters")
+    @pytest.mark.parametrize("owners", [(0, 1), (0,), (1,)], ids=["both", "primary", "other"])
+    def test_several_processes_write_together(self, backend: StorageBackend, location: Location, owners: tuple[int, ...]) -> None:
+        if not isinstance(backend, ManyWriters):
+            pytest.skip("one process writes with it: it is no ManyWriters")
+        arrays = [by_hand.array(name, (7, 5), chunk_shape=(2, 5), seed=i) for i, name in enumerate("abc")]
+        specs = [stored.spec for stored in arrays]
+        writers = [backend.writer(location, specs, StorageOptions(), Job(process, _BOTH)) for process in _BOTH]
+        for number, chunk in enumerate(chunk for stored in arrays for chunk in by_hand.chunks(stored)):
+            writers[owners[number % len(owners)]].write([chunk])
+        writers[0].commit()
+
+        def committed() -> Iterator[int]:
+            yield 0
+            writers[1].commit()  # not before this process is asked for, as where it is slow
+            yield 1
+
+        processes = committed()
+        directories = list(backend.merge(location, processes))
+        assert all(isinstance(directory, str) for directory in directories), directories
+        assert list(processes) in ([], [1], [*_BOTH])  # those for which merge did not wait
+        assert backend.recognises(location)
+        by_hand.read(backend, location, arrays)
+
     # Reading
 
     @promise(
@@ -206,6 +240,27 @@ class StorageBackendTests:
         expected = np.full((8, 4), -1, np.int32)
         expected[1:3], expected[5:7] = stored.values[4:6], stored.values[0:2]
         assert_same(memory, expected)
+
+    @promise("A PartialReader reads any part of an array, not only cells of its grid.", "ckptkit.storage.PartialReader")
+    @given(data=st.data())
+    @drawn
+    def test_reads_any_part(self, backend: StorageBackend, new_location: Callable[[], Location], data: st.DataObject) -> None:
+        shape = tuple(data.draw(st.lists(st.integers(1, 40), max_size=3)))
+        cut = tuple(data.draw(st.integers(1, n)) for n in shape)
+        [stored, *_] = arrays = [by_hand.array(name, shape, np.int32, cut, seed=i) for i, name in enumerate("ab")]
+        if _taken(backend, arrays) != arrays:
+            return
+        location = new_location()
+        by_hand.write(backend, location, arrays)
+        bounds = [st.tuples(st.integers(0, n - 1), st.integers(1, n)).filter(lambda ends: ends[0] < ends[1]) for n in shape]
+        with contextlib.closing(backend.reader(location)) as reader:
+            if not isinstance(reader, PartialReader):
+                pytest.skip("it reads whole chunks: its reader is no PartialReader")
+            parts = data.draw(st.lists(st.tuples(*bounds), min_size=1, max_size=3))
+            requests = [("a", part, np.zeros_like(by_hand.cell(stored.values, part))) for part in parts]
+            reader.read(requests).result(by_hand.TIMEOUT_SECS)
+        for _, part, out in requests:
+            assert out.tobytes() == by_hand.cell(stored.values, part).tobytes(), f"part {part} of {stored.spec} has other bytes"
 
     @promise("A reader may be used from several threads.", "ckptkit.storage.Reader")
     def test_concurrent_reads(self, backend: StorageBackend, location: Location) -> None:
@@ -247,6 +302,19 @@ class StorageBackendTests:
         for location in places:
             _write_and_read(backend, location, [stored])
         assert _open_files() - before < len(places), "files stay open after close"
+
+    @promise("close() gives back every file and thread.", "ckptkit.storage.Reader.close")
+    def test_leaves_no_thread_running(self, backend: StorageBackend, new_location: Callable[[], Location]) -> None:
+        stored = by_hand.array("a", (16, 16), chunk_shape=(4, 16))
+        _write_and_read(backend, new_location(), [stored])  # as above
+        before = _threads()
+        places = [new_location() for _ in range(8)]
+        for location in places:
+            _write_and_read(backend, location, [stored])
+        end = time.monotonic() + _ENDING_SECS
+        while len(left := _threads() - before) >= len(places) and time.monotonic() < end:
+            time.sleep(0.01)
+        assert len(left) < len(places), f"threads run on after close: {left}"
 
     # Through a checkpoint
 
@@ -298,8 +366,7 @@ class StorageBackendTests:
     )
     def test_changed_data_files_are_an_error(self, backend: StorageBackend, location: Location, registry: Registry) -> None:
         arrays = [by_hand.array(f"a{i}", (5, 3), dtype, seed=i) for i, dtype in enumerate(strategies.NUMPY_DTYPES)]
-        answers = backend.refuse([stored.spec for stored in arrays])
-        tree = {s.spec.name: s.values for s, answer in zip(arrays, answers, strict=True) if answer is None}
+        tree = {stored.spec.name: stored.values for stored in _taken(backend, arrays)}
         checkpoint = checkpoints.saved(tree, registry, location, backend)
         listed = read_file_list(checkpoint.location)
         heads = {} if listed is None else {path: entry.size for path, entry in listed.files.items() if entry.is_head}
@@ -341,6 +408,12 @@ class StorageBackendTests:
         checkpoints.in_proportion(lambda arrays: _write_and_read(backend, new_location(), arrays), few, many)
 
 
+def _taken(backend: StorageBackend, arrays: list[by_hand.Stored]) -> list[by_hand.Stored]:
+    """The arrays that the backend does not refuse."""
+    answers = backend.refuse([stored.spec for stored in arrays])
+    return [stored for stored, answer in zip(arrays, answers, strict=True) if answer is None]
+
+
 def _write_and_read(backend: StorageBackend, location: Location, arrays: list[by_hand.Stored]) -> None:
     by_hand.write(backend, location, arrays)
     by_hand.read(backend, location, arrays)
@@ -372,3 +445,8 @@ def _open_files() -> int:
         return len(os.listdir("/proc/self/fd"))
     except OSError:
         pytest.skip("this system does not tell which files are open")
+
+
+def _threads() -> set[threading.Thread]:
+    """Python's threads that run now; a library's own that only once called Python are listed there for ever, and left out."""
+    return {thread for thread in threading.enumerate() if not isinstance(thread, threading._DummyThread)}  # noqa: SLF001

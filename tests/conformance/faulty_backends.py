@@ -16,7 +16,7 @@ from typing import ClassVar
 import numpy as np
 
 from ckptkit import errors
-from ckptkit.storage import ArraySpec, Reader, StorageBackend, Writer, chunk_indices
+from ckptkit.storage import ArraySpec, ManyWriters, PartialReader, Reader, StorageBackend, Writer, chunk_indices
 
 FOLDER = "plain"
 LIST = f"{FOLDER}/list.json"
@@ -113,6 +113,72 @@ class Plain(StorageBackend):
 
     def recognises(self, location):
         return location.exists(LIST)
+
+
+class Together(Plain, ManyWriters):
+    """Every process writes files of its own, and the same list."""
+
+    def merge(self, location, processes):
+        return ()
+
+
+class NeverMerges(Together):
+    def merge(self, location, processes):
+        raise NotImplementedError
+
+
+class WritesAlone(Together):
+    """Stores what the primary process hands over, and no more."""
+
+    def writer(self, location, arrays, options, job):
+        made = super().writer(location, arrays, options, job)
+        if not job.is_primary:
+            made.store = lambda chunk: None
+        return made
+
+
+class Late(PlainWriter):
+    """Writes when it commits."""
+
+    def __init__(self, location, arrays):
+        super().__init__(location, arrays)
+        self.pending = []
+
+    def write(self, chunks):
+        self.pending += [chunk._replace(data=chunk.data.copy()) for chunk in chunks]
+        return done()
+
+    def commit(self):
+        for chunk in self.pending:
+            self.store(chunk)
+        super().commit()
+
+
+class MergesTooSoon(Together):
+    """Keeps what is there before it asks for the other process."""
+
+    Writer = Late
+
+    def merge(self, location, processes):
+        folder = Path(location.local_path, FOLDER)
+        there = set(os.listdir(folder))
+        for _ in processes:
+            for name in {*os.listdir(folder)} - there:
+                (folder / name).unlink()
+        return ()
+
+
+class HasNoEmptyArrays(Plain):
+    """As its format has none, it says so, and wants to hear of none."""
+
+    def refuse(self, arrays):
+        return [
+            reason or (None if array.nbytes else "empty") for reason, array in zip(super().refuse(arrays), arrays, strict=True)
+        ]
+
+    def writer(self, location, arrays, options, job):
+        assert all(array.nbytes for array in arrays)
+        return super().writer(location, arrays, options, job)
 
 
 def broken(writer=PlainWriter, reader=PlainReader, **methods):
@@ -277,6 +343,20 @@ class LeavesOpen(PlainReader):
     def arrays(self):
         self.kept.append(open(Path(self.location.local_path, LIST), "rb"))  # noqa: SIM115 - that is the fault
         return super().arrays()
+
+
+class LeavesThreads(PlainReader):
+    def __init__(self, location):
+        super().__init__(location)
+        threading.Thread(target=time.sleep, args=(2,), daemon=True).start()
+
+
+class ReadsNoParts(PlainReader, PartialReader):
+    """Gives zeros for what is no chunk of its own."""
+
+    def fill(self, name, index, out):
+        if index in chunk_indices(self.arrays()[name]):
+            super().fill(name, index, out)
 
 
 class Unchecked(PlainReader):

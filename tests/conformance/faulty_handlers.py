@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sqlite3
 import threading
 import time
 from pathlib import Path
@@ -39,7 +40,7 @@ class BoxHandler(TypeHandler):
         return LeafSpec(self.typestr, ArraySpec(leaf.name, shape, leaf.value.values.dtype, tuple(max(1, n) for n in shape)))
 
     def owned(self, leaves, specs, job):
-        return [list(chunk_indices(spec.array)) for spec in specs]
+        return [list(chunk_indices(spec.array)) if job.is_primary else [] for spec in specs]
 
     def stage(self, pieces):
         return [leaf.values.copy() for leaf, _, _ in pieces]
@@ -91,6 +92,7 @@ LEAVES = {
     ),
     "test_leaves_of_one_kind_have_equal_specs": leaf(kinds=lambda self, leaves: Kinds.of([0] * len(leaves))),
     "test_every_cell_is_owned_once": leaf(owned=lambda self, leaves, specs, job: [[] for _ in specs]),
+    "test_processes_share_the_cells": leaf(owned=lambda self, leaves, specs, job: [[*chunk_indices(s.array)] for s in specs]),
     "test_stages_what_it_described": leaf(stage=lambda self, pieces: [leaf.values.astype(float) for leaf, _, _ in pieces]),
     "test_assembles_what_it_staged": leaf(assemble=reversed_values),
     "test_trees_come_back": leaf(assemble=shared_first),
@@ -150,6 +152,18 @@ def save_later(self, directory, *, args):
 def save_silently(self, directory, *, args):
     with contextlib.suppress(OSError):
         LinesHandler.save(self, directory, args=args)
+
+
+def save_to_database(self, directory, *, args):
+    with contextlib.closing(sqlite3.connect(directory / "lines.db")) as database:
+        database.execute("create table lines (line)")
+        database.executemany("insert into lines values (?)", [(line,) for line in args.lines])
+        database.commit()
+
+
+class Unpicklable(list):
+    def __reduce_ex__(self, protocol):
+        raise TypeError("a list of locks")
 
 
 def save_unlisted(self, directory, *, args):
