@@ -91,7 +91,7 @@ def begin(place: MarkerLocation, *, force: bool) -> Pending:
 
     Raises:
       errors.ExistsError: there is a checkpoint, or something else that no save left, and `force` is False.
-      errors.StorageError: the store cannot be read or written.
+      errors.StorageError: the store cannot be read or written, or does not list what is written there.
     """
     replaced = _committed(place)
     names = place.names()
@@ -104,13 +104,34 @@ def begin(place: MarkerLocation, *, force: bool) -> Pending:
 
 
 def _claim(place: MarkerLocation, own: str) -> bool:
-    """Whether this save alone may write its files right into the place."""
+    """Whether this save alone may write its files right into the place.
+
+    Raises:
+      errors.StorageError: the store does not list what is written there.
+    """
     if not place.replace_bytes(_WRITER_FILE, None, own.encode()):
         return False
-    if set(place.names()) == {_WRITER_FILE}:
+    names = place.names()
+    if set(names) == {_WRITER_FILE}:
         return True
-    place.delete(_WRITER_FILE)  # another save came and went, and left what it saved
+    unlisted = _WRITER_FILE not in names and _is_held(place, own)
+    place.delete(_WRITER_FILE)  # where it is listed, another save came and went, and left what it saved
+    if unlisted:
+        raise errors.StorageError(
+            None,
+            "the store does not list what was written there, so nothing could be restored; choose another path (some stores do "
+            "not list names with backslashes or control characters)",
+            place.url,
+        )
     return False
+
+
+def _is_held(place: MarkerLocation, own: str) -> bool:
+    """Whether the file of a writer is still the one that this save has made."""
+    try:
+        return place.read_bytes(_WRITER_FILE) == own.encode()
+    except errors.NotFoundError:
+        return False
 
 
 class Pending:

@@ -198,9 +198,14 @@ def clean(root: str | os.PathLike[str], *, dry_run: bool = False) -> CleanReport
       dry_run: only tell what would be done.
 
     Raises:
+      errors.ArgsError: a URL.
       errors.NotFoundError: there is no such directory.
       errors.StorageError: something cannot be removed.
     """
+    if "://" in os.fspath(root):
+        raise errors.ArgsError(
+            f"{root}: clean tidies directories of this machine; in a store, the next save to a path tidies what is left there."
+        )
     report = CleanReport(removed=[], restored=[], kept={})
     path = os.path.abspath(os.fspath(root))
     with mapped_os_errors(path, "tidy"):

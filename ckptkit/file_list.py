@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -26,7 +26,7 @@ from ckptkit.metadata import json
 
 T = TypeVar("T")
 
-__all__ = ["FILE_LIST", "FileList", "Listed", "is_stray", "read_file_list", "relying_on", "write_file_list"]
+__all__ = ["FILE_LIST", "FileList", "Listed", "is_stray", "read_file_list", "relying_on", "saved_names", "write_file_list"]
 
 FILE_LIST: Final = "ckptkit_files.json"
 
@@ -117,7 +117,8 @@ _relied_on: ContextVar[tuple[str, FileList] | None] = ContextVar("ckptkit_file_l
 def relying_on(location: Location, listed: FileList | None) -> Iterator[None]:
     """What is read of a checkpoint meanwhile is held to its list, if it has one, whichever handler reads it: see `is_stray`.
 
-    It travels in a context variable, since a handler knows its own directory alone, and the list lies in the checkpoint's.
+    The same holds for `saved_names`. The list travels in a context variable, since a handler knows its own directory alone, and
+    it lies in the checkpoint's.
     """
     token = _relied_on.set(None if listed is None else (f"{location.url.rstrip('/')}/", listed))
     try:
@@ -128,11 +129,28 @@ def relying_on(location: Location, listed: FileList | None) -> Iterator[None]:
 
 def is_stray(directory: Location, name: str, beside: str) -> bool:
     """Whether a file came later than the list of the checkpoint, which has the file `beside` it and does not have this one."""
+    names = _listed_names(directory, (name, beside))
+    return beside in names and name not in names
+
+
+def saved_names(directory: Location) -> Mapping[str, bool]:
+    """What is in a directory of a checkpoint, as `names()` says, without files that came later than the list of the checkpoint.
+
+    All of it where no checkpoint with a list is being read, or where its list has no file of the directory. To be asked in the
+    thread that calls a reader or a handler: the list travels in a context variable.
+    """
+    names = directory.names()
+    listed = _listed_names(directory, names)
+    return {name: is_folder for name, is_folder in names.items() if is_folder or name in listed} if listed else names
+
+
+def _listed_names(directory: Location, names: Iterable[str]) -> set[str]:
+    """Which of some names in a directory are files that the list of the checkpoint has."""
     if (relied_on := _relied_on.get()) is None:
-        return False
+        return set()
     root, listed = relied_on
     path = f"{directory.url.rstrip('/')}/".removeprefix(root)
-    return path + beside in listed.files and path + name not in listed.files
+    return {name for name in names if path + name in listed.files}
 
 
 def write_file_list(

@@ -308,6 +308,14 @@ def test_what_a_killed_saver_left_is_in_nobodys_way_and_gone_with_the_next(url):
     assert len(location_of(url).names()) == 2
 
 
+def test_a_store_that_does_not_list_what_is_written_is_refused_before_anything_is(url):
+    place = location_of(url)
+    place.names = dict
+    with pytest.raises(errors.StorageError, match=r"does not list what was written there.*choose another path"):
+        commit.begin(place, force=False, mode=None)
+    assert location_of(url).names() == {}
+
+
 def test_files_that_no_save_left_are_replaced_only_by_force(url):
     location_of(url).write_bytes("data.csv", b"1,2")
     with pytest.raises(errors.ExistsError):

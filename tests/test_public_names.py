@@ -22,6 +22,9 @@ NAMES = {
     ".handlers": """ArrayCheckpointHandler AsyncCheckpointHandler CheckpointHandler CompositeCheckpointHandler
         DeferredPathAsyncCheckpointHandler JaxRandomKeyCheckpointHandler JsonCheckpointHandler NumpyRandomKeyCheckpointHandler
         PathAwaitingCreation PyTreeCheckpointHandler StandardCheckpointHandler""",
+    ".storage": """ArraySpec Chunk FileLocation Index Job KvStoreLocation Location LocationPath ManyWriters MarkerLocation
+        PartialReader Pending Reader StorageBackend Workers Writer chunk_count chunk_indices fit_chunk_shape joined
+        mapped_os_errors saved_names whole""",
     ".testing": "CheckpointHandlerTests StorageBackendTests TypeHandlerTests abstract assert_same",
     ".metadata": """ArrayMetadata Metadata ScalarMetadata ShardingMetadata StepMetadata StorageMetadata StringMetadata
         TreeMetadata""",

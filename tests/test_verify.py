@@ -591,6 +591,12 @@ def test_clean_prints_what_it_does(tmp_path: Path, capsys: pytest.CaptureFixture
     assert run("clean", str(tmp_path / "nowhere"), capsys=capsys)[0] == 2
 
 
+def test_clean_refuses_a_url(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(errors.ArgsError, match="s3://bucket: clean tidies directories of this machine"):
+        ckptkit.clean("s3://bucket")
+    assert run("clean", "s3://bucket", capsys=capsys)[0] == 2
+
+
 # zarr's own checksums
 
 

@@ -268,9 +268,9 @@ class TypeHandler(abc.ABC, Generic[L]):
     def request(self, target: Any, spec: LeafSpec, defaults: RestoreDefaults) -> RestoreArgs:
         """The request that a leaf of a target tree makes; `target` is None where there is no target tree.
 
-        Where the result names a `restore_type`, the handler of that type restores the leaf.
+        Where the result names a `restore_type`, the handler of that type restores the leaf; else the one that saved it.
         """
-        return RestoreArgs(target=target, defaults=defaults)
+        return RestoreArgs(restore_type=None if target is None else type(target), target=target, defaults=defaults)
 
     def requests(self, targets: Sequence[Any], specs: Sequence[LeafSpec], defaults: RestoreDefaults) -> Sequence[RestoreArgs]:
         """What `request` says of each leaf. The pipeline calls this one, once for all leaves of the handler."""

@@ -8,6 +8,7 @@ from ckptkit._lazy import lazy_names
 
 if TYPE_CHECKING:
     from ckptkit._threads import Workers as Workers
+    from ckptkit.file_list import saved_names as saved_names
     from ckptkit.grid import ArraySpec as ArraySpec
     from ckptkit.grid import Chunk as Chunk
     from ckptkit.grid import Index as Index
@@ -54,6 +55,7 @@ else:
             "fit_chunk_shape": "ckptkit.grid",
             "joined": "ckptkit.storage._futures",
             "mapped_os_errors": "ckptkit.location",
+            "saved_names": "ckptkit.file_list",
             "whole": "ckptkit.grid",
         },
     )

@@ -1,5 +1,6 @@
 from fractions import Fraction
 
+import numpy as np
 import pytest
 
 import ckptkit
@@ -45,6 +46,12 @@ def test_the_last_lines(tmp_path):
 def test_fractions_that_are_too_large_are_refused(tmp_path):
     with pytest.raises(ckptkit.errors.TreeError, match="save it as a str"):
         ckptkit.save(tmp_path / "tree", {"rate": Fraction(2**70, 3)})
+
+
+def test_a_target_that_is_a_fraction_takes_nothing_else(tmp_path):
+    ckptkit.save(tmp_path / "tree", {"rate": np.zeros((2, 3))})
+    with pytest.raises(ckptkit.errors.TargetError, match="a Fraction was asked for, but none is stored"):
+        ckptkit.restore(tmp_path / "tree", {"rate": Fraction(1, 2)})
 
 
 def test_each_checkpoint_is_logged(tmp_path, caplog):

@@ -60,6 +60,14 @@ def test_a_composite_of_every_handler_round_trips(registry, url):
     assert_same(restored["array"], np.arange(4))
 
 
+def test_a_path_that_the_store_does_not_list_is_refused_and_left_empty(registry, url):
+    with ckptkit.StandardCheckpointer(registry=registry) as checkpointer:
+        with pytest.raises(errors.StorageError, match="does not list what was written there"):
+            checkpointer.save(f"{url}/a\\b", TREE)
+        with pytest.raises(errors.NotFoundError):
+            registry.location(f"{url}/a\\b").read_bytes("ckptkit_writer.txt")
+
+
 def test_the_environment_tells_the_endpoint(server, url, monkeypatch):
     registry = ckptkit.Registry.with_builtins()
     ckptkit_s3.ckptkit_register(registry)

@@ -57,7 +57,7 @@ class SafetensorsBackend(StorageBackend):
         Raises:
           errors.ArgsError: the location is not on this machine.
         """
-        return SafetensorsReader(_local(location))
+        return SafetensorsReader(location, _local(location))
 
     def recognises(self, location: Location) -> bool:
         names = location.names()

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from ckptkit import errors
-from ckptkit.storage import ArraySpec, mapped_os_errors
+from ckptkit.storage import ArraySpec, Location, mapped_os_errors, saved_names
 from ckptkit_safetensors.header import LENGTH_NBYTES, MAX_NBYTES, parse, sizes
 
 __all__ = ["INDEX_FILE", "Place", "encode_index", "file_names", "is_data_file", "is_index", "opened", "places", "split"]
@@ -78,8 +78,14 @@ def encode_index(files: Mapping[str, Sequence[ArraySpec]]) -> bytes:
     return json.dumps({"metadata": {"total_size": total}, "weight_map": weights}, ensure_ascii=False, indent=1).encode()
 
 
-def places(path: str) -> dict[str, Place]:
+def places(location: Location, path: str) -> dict[str, Place]:
     """Every array in a file, or in the files of a directory, with its place.
+
+    Where a checkpoint has a list of its files, those that came later are none of its own, whatever they are called.
+
+    Args:
+      location: of the file or the directory.
+      path: the same on this machine.
 
     Raises:
       errors.NotFoundError: a file that others tell of is missing.
@@ -87,8 +93,7 @@ def places(path: str) -> dict[str, Place]:
     """
     if not os.path.isdir(path):
         return _tensors(path, None)
-    with mapped_os_errors(path, "list"):
-        names = sorted(os.listdir(path))
+    names = sorted(saved_names(location))
     index = _index_among(names, path)
     return _every(names, path) if index is None else _listed(index, names, path)
 

@@ -13,7 +13,7 @@ from concurrent.futures import Future
 import numpy as np
 
 from ckptkit import errors
-from ckptkit.storage import ArraySpec, Index, PartialReader, Workers, joined, mapped_os_errors
+from ckptkit.storage import ArraySpec, Index, Location, PartialReader, Workers, joined, mapped_os_errors
 from ckptkit_safetensors.extents import Array, Call, Extent, calls, cut, extents, inside, is_small, move, row_axis, tasks, widened
 from ckptkit_safetensors.files import Place, places
 
@@ -25,7 +25,8 @@ Request = tuple[str, Index, Array]
 class SafetensorsReader(PartialReader):
     """Reads the headers at the first call, and arrays in threads of its own."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, location: Location, path: str) -> None:
+        self._location = location
         self._path = path
         self._pool = Workers(min(4, os.cpu_count() or 1), "ckptkit-read-safetensors")
         self._lock = threading.Lock()
@@ -56,7 +57,7 @@ class SafetensorsReader(PartialReader):
             if self._closed:
                 raise errors.ClosedError(f"{self._path}: the reader was closed before this call.")
             if self._places is None:
-                self._places = places(self._path)
+                self._places = places(self._location, self._path)
             return self._places
 
     def _planned(

@@ -290,6 +290,24 @@ def test_a_folder_that_looks_like_an_array_of_zarr_changes_nothing(tmp_path):
     assert ckptkit.verify(tmp_path / "c").state == "whole"
 
 
+@pytest.mark.parametrize("item", ["", "tree"])
+@pytest.mark.parametrize("size", [None, 100], ids=["one file", "several"])
+def test_files_that_came_later_change_nothing(tmp_path, item, size):
+    values = {"a": np.arange(30.0), "b": np.ones(30)}
+    saved = PyTreeSave(values, ocdbt_target_data_file_size=size)
+    trees = ckptkit.PyTreeCheckpointHandler(storage="safetensors")
+    with ckptkit.Checkpointer(ckptkit.CompositeCheckpointHandler(tree=trees) if item else trees) as checkpointer:
+        checkpointer.save(tmp_path / "c", Composite(tree=saved) if item else saved)
+    folder = tmp_path / "c" / item
+    safetensors.numpy.save_file({"a": np.zeros(3), "z": np.zeros(3)}, folder / "ema.safetensors")
+    (folder / "other.safetensors.index.json").touch()
+    if size is None:
+        (folder / "model.safetensors.index.json").touch()
+    found = ckptkit.restore(tmp_path / "c")
+    assert_same(found.tree if item else found, values)
+    assert ckptkit.verify(tmp_path / "c").state == "whole"
+
+
 def test_a_file_cut_off_is_reported(tmp_path):
     ckptkit.save(tmp_path / "c", {"a": np.zeros(1000)}, storage="safetensors")
     os.truncate(tmp_path / "c" / "model.safetensors", 4000)

@@ -103,8 +103,10 @@ def as_tensor(array: npt.NDArray[Any], kind: type[torch.Tensor], target: Any) ->
     """
     raw = _RAW.get(array.dtype)
     tensor = torch.from_numpy(array if raw is None else array.view(raw)).view(_TORCH[array.dtype])
-    if issubclass(kind, torch.nn.Parameter):
-        wants_grad = target.requires_grad if target is not None else tensor.is_floating_point() or tensor.is_complex()
-        return torch.nn.Parameter(tensor, requires_grad=wants_grad)
     tensor = tensor if kind is torch.Tensor else tensor.as_subclass(kind)
-    return tensor.requires_grad_(target is not None and target.requires_grad)
+    if target is None:
+        has_gradients = tensor.is_floating_point() or tensor.is_complex()
+        return tensor.requires_grad_(issubclass(kind, torch.nn.Parameter) and has_gradients)
+    if isinstance(target, torch.nn.Parameter) and not issubclass(kind, torch.nn.Parameter):
+        return torch.nn.Parameter(tensor, target.requires_grad)  # of a class of its own, and marked as a Parameter
+    return tensor.requires_grad_(target.requires_grad)

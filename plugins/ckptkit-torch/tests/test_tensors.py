@@ -149,6 +149,24 @@ def test_a_subclass_comes_back_as_one_by_target(tmp_path):
     assert type(found) is Named
 
 
+class Tied(torch.nn.Parameter):
+    """A Parameter of a class of its own."""
+
+
+class Scaled(torch.Tensor):
+    """Of which torch makes Parameters that keep this class."""
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+@pytest.mark.parametrize("kind", [Tied, Scaled])
+def test_a_parameter_of_another_class_comes_back_as_one(tmp_path, kind, requires_grad):
+    target = Tied(BASE.clone(), requires_grad) if kind is Tied else torch.nn.Parameter(BASE.as_subclass(kind), requires_grad)
+    found = there_and_back(tmp_path / "c", target, target)
+    assert (type(found), isinstance(found, torch.nn.Parameter)) == (kind, True)
+    assert (found.requires_grad, found.is_leaf) == (requires_grad, True)
+    same(found.as_subclass(torch.Tensor), BASE)
+
+
 def test_restore_args_name_the_class(tmp_path):
     ckptkit.save(tmp_path / "c", {"leaf": jnp.arange(3, dtype=jnp.int4)})
     request = RestoreArgs(restore_type=torch.nn.Parameter, dtype=np.float32)
