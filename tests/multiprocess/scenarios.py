@@ -325,6 +325,17 @@ def some_of_them(directory: Path, plan: Any) -> Any:
         return np.asarray(checkpointer.restore(directory / "some")["a"]).tolist()
 
 
+def two_of_three(directory: Path, plan: Any) -> Any:
+    """The first two processes save without the third, and all of them before and after that."""
+    for step in range(4):
+        if step not in (1, 2):
+            saved(directory / "line" / str(step), {"a": np.ones(2)}, multiprocessing_options=SHORT)
+        elif plan["rank"] < 2:
+            two = MultiprocessingOptions(timeout_secs=3, active_processes={0, 1})
+            saved(directory / "line" / str(step), {"a": np.ones(2)}, multiprocessing_options=two)
+    return sorted(path.name for path in (directory / "line").iterdir())
+
+
 def one_writer(directory: Path, plan: Any) -> Any:
     """A backend that does not say that several processes can write with it."""
 
