@@ -30,9 +30,12 @@ from ckptkit._coordination import Store
 from ckptkit._telling import by_value, decoded, encoded, named
 from ckptkit.processes import Job, coordination_client
 
-__all__ = ["Meeting", "Watch", "attending", "convene", "convened", "current_meeting", "on_primary"]
+__all__ = ["COMMITTED", "Meeting", "Watch", "attending", "convene", "convened", "current_meeting", "on_primary"]
 
 M = TypeVar("M", bound="Meeting")
+
+COMMITTED: Final = "committed"
+"""The point of a save at which the primary tells that it has committed; who does not hear it cannot know whether."""
 
 _FIRST_PAUSE_SECS: Final = 0.001
 _LAST_PAUSE_SECS: Final = 0.1
@@ -138,6 +141,7 @@ class Meeting:
         Raises:
           errors.ProcessError: names what differs, and on which processes.
         """
+        facts = {**facts, "timeout_secs": self.timeout_secs}  # by one's own, each tells others that it lives, and judges them
         gathered = self.gather(point, json.dumps(facts).encode())
         if gathered is None or len(gathered) == 1:
             return
@@ -150,7 +154,7 @@ class Meeting:
                 lines.append(line)
             raise errors.ProcessError(
                 f"the processes of the job do not {self.doing} the same, so nothing was {self.doing}d:{errors.listing(lines)}\n"
-                f"Every process must call {self.doing} with the same path, and a tree of the same kind."
+                f"Every process must call {self.doing} with the same path and options, and a tree of the same kind."
             )
 
     def wait(self, writing: Sequence[futures.Future[Any]]) -> None:
@@ -255,10 +259,13 @@ class Meeting:
 
     def _raise_lost(self, lost: Sequence[int], point: str) -> None:
         if lost:
+            outcome = f"nothing was {self.doing}d"
+            if point == COMMITTED:
+                outcome = "does not know whether the checkpoint was committed: look whether it is there"
             error = errors.TimeoutError(
                 f"{named(lost)} of {self.job.process_count} did not come to the point {point.partition('-')[0]!r} of the "
                 f"{self.doing}, and gave no sign of life for {self.timeout_secs:g} s: killed, stopped, or not calling "
-                f"{self.doing}. Process {self.job.process_index} gave up, and nothing was {self.doing}d. "
+                f"{self.doing}. Process {self.job.process_index} gave up, and {outcome}. "
                 "MultiprocessingOptions(timeout_secs=...) waits longer."
             )
             error.missing = tuple(lost)

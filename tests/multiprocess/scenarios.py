@@ -336,6 +336,11 @@ def two_of_three(directory: Path, plan: Any) -> Any:
     return sorted(path.name for path in (directory / "line").iterdir())
 
 
+def other_timeouts(directory: Path, plan: Any) -> Any:
+    options = MultiprocessingOptions(timeout_secs=60 if plan["rank"] == 0 else 3)
+    return raised(directory, "other_timeouts", lambda path: saved(path, {"a": np.ones(2)}, multiprocessing_options=options))
+
+
 def one_writer(directory: Path, plan: Any) -> Any:
     """A backend that does not say that several processes can write with it."""
 

@@ -19,6 +19,7 @@ SCENARIOS = [
     "other_tree",
     "other_shape",
     "other_path",
+    "other_timeouts",
     "differences",
     "host_local",
     "bad_leaf",
@@ -97,13 +98,19 @@ def test_some_processes_save_without_the_others(found):
     assert values(found, "some_of_them") == [[1.0, 1.0], "ArgsError"]
 
 
-@pytest.mark.parametrize("scenario", ["other_tree", "other_shape", "other_path"])
+@pytest.mark.parametrize("scenario", ["other_tree", "other_shape", "other_path", "other_timeouts"])
 def test_processes_that_save_different_things_are_told_who_does(found, scenario):
     for value in values(found, scenario):
         assert value["error"] == "ProcessError"
         assert "process 0: " in value["message"]
         assert "process 1: " in value["message"]
         assert value["left"] == [f"{scenario}_after"]
+
+
+def test_a_different_timeout_is_told_at_once(found):
+    for value in values(found, "other_timeouts"):
+        assert "timeout_secs: process 0: 60; process 1: 3" in value["message"]
+        assert value["secs"] < 3
 
 
 @pytest.mark.parametrize(
