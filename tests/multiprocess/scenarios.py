@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import ckptkit
 from ckptkit import args as ckpt_args
 from ckptkit import checkpointer as checkpointing
-from ckptkit import commit, errors, restoration
+from ckptkit import commit, errors, meeting, restoration
 from ckptkit._coordination import Store
 from ckptkit.file_list import read_file_list
 from ckptkit.leaves.jax_array import JaxArrayHandler
@@ -28,6 +28,7 @@ from ckptkit.pipeline import alike, sharing
 from ckptkit.pipeline import restore as restoring
 from ckptkit.processes import job_of
 from ckptkit.registry import Registry
+from ckptkit.saving import Saving
 from ckptkit.storage._chunk_reader import ChunkReader
 from ckptkit.storage.base import StorageBackend
 from ckptkit.storage.ocdbt import OcdbtBackend
@@ -339,6 +340,39 @@ def two_of_three(directory: Path, plan: Any) -> Any:
 def other_timeouts(directory: Path, plan: Any) -> Any:
     options = MultiprocessingOptions(timeout_secs=60 if plan["rank"] == 0 else 3)
     return raised(directory, "other_timeouts", lambda path: saved(path, {"a": np.ones(2)}, multiprocessing_options=options))
+
+
+def other_primary(directory: Path, plan: Any) -> Any:
+    """Each process takes itself for the primary one."""
+    options = MultiprocessingOptions(timeout_secs=3, primary_host=plan["rank"])
+    return raised(directory, "other_primary", lambda path: saved(path, {"a": np.ones(2)}, multiprocessing_options=options))
+
+
+def no_primary(directory: Path, plan: Any) -> Any:
+    """Each process takes the other one for the primary."""
+    options = MultiprocessingOptions(timeout_secs=3, primary_host=1 - plan["rank"])
+    return raised(directory, "no_primary", lambda path: saved(path, {"a": np.ones(2)}, multiprocessing_options=options))
+
+
+def slow_primary(directory: Path, plan: Any) -> Any:
+    """The primary lives, but is held up for longer than process 1 has patience, and commits then."""
+    patience, gone = meeting._PATIENCE, directory / "gone"
+    if plan["rank"] == 0:
+        _before_next_call(Saving, "_commit", lambda: _await(gone))
+    else:
+        meeting._PATIENCE = 1
+    try:
+        saved(directory / "slow", {"a": np.ones(2)}, multiprocessing_options=MultiprocessingOptions(timeout_secs=2))
+    except errors.TimeoutError as error:
+        return str(error)
+    finally:
+        meeting._PATIENCE = patience
+        gone.touch()
+
+
+def _await(path: Path) -> None:
+    while not path.exists():
+        time.sleep(0.02)
 
 
 def one_writer(directory: Path, plan: Any) -> Any:
