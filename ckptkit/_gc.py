@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import gc
+import os
+import sys
 import threading
 from collections.abc import Callable
 from concurrent import futures
 from concurrent.futures import Future
+from contextvars import ContextVar
 from typing import Any, Final, ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -15,14 +18,11 @@ R = TypeVar("R")
 
 _LONG_SECS: Final = 0.5
 
+_pauses: ContextVar[bool] = ContextVar("ckptkit_pauses_gc", default=False)
+"""Whether it is this call that keeps collections away, rather than another thread, or the program."""
 
-class _Thread(threading.local):
-    """What a thread did: whether it is what keeps collections away, rather than another one, or the program."""
-
-    pauses = False
-
-
-_thread = _Thread()
+_paused_by: int | None = None
+"""The thread that does, for a fork, in which it may be missing."""
 
 
 class _Switched:
@@ -48,21 +48,13 @@ class _Switched:
         return switched
 
     def __enter__(self) -> None:
-        if gc.isenabled() if self.pauses else _thread.pauses:
+        if gc.isenabled() if self.pauses else _pauses.get():
             self._switched = True
-            self._switch(pauses=self.pauses)
+            _switch(pauses=self.pauses)
 
     def __exit__(self, *_: object) -> None:
         if self._switched:
-            self._switch(pauses=not self.pauses)
-
-    @staticmethod
-    def _switch(*, pauses: bool) -> None:
-        _thread.pauses = pauses
-        if pauses:
-            gc.disable()
-        else:
-            gc.enable()
+            _switch(pauses=not self.pauses)
 
 
 class paused_gc(_Switched):  # noqa: N801 - used as a function is
@@ -79,6 +71,32 @@ class resumed_gc(_Switched):  # noqa: N801 - as above
     """Collections inside, where `paused_gc` keeps them away around it: for what waits, or takes long for other reasons."""
 
     pauses = False
+
+
+def _switch(*, pauses: bool) -> None:
+    global _paused_by  # noqa: PLW0603 - a fact about the process, as collections are
+    _pauses.set(pauses)
+    _paused_by = threading.get_ident() if pauses else None
+    if pauses:
+        gc.disable()
+    else:
+        gc.enable()
+
+
+def end_left_over() -> None:
+    """Switches collections on that a call kept away which Ctrl-C ended in the midst of switching."""
+    if _pauses.get():
+        _switch(pauses=False)
+
+
+def _end_in_child() -> None:
+    """Collections that a thread keeps away which the fork does not have would stay away for ever."""
+    if _paused_by not in (None, threading.get_ident()):
+        _switch(pauses=False)
+
+
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_end_in_child)
 
 
 def wait(future: Future[Any]) -> None:

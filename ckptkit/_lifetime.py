@@ -54,8 +54,9 @@ class UnderWay:
         self._ended.set()
 
     def goes_on(self) -> bool:
-        """Whether another thread may still be at it."""
-        return self._thread is not threading.current_thread() and self._thread.is_alive() and not self._ended.is_set()
+        """Whether another thread may still be at it; not asked by `is_alive`, for the reason that `Waitable` tells."""
+        others = self._thread is not threading.current_thread() and self._thread in threading.enumerate()
+        return others and not self._ended.is_set()
 
     def wait(self, timeout_secs: float) -> None:
         deadline = time.monotonic() + timeout_secs

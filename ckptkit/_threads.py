@@ -13,6 +13,39 @@ T = TypeVar("T")
 _Calls = SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
 
 
+class Waitable(threading.Thread):
+    """A thread that can be waited for again after a wait was interrupted, and that the interpreter still waits for at exit then.
+
+    Where a handler of a signal raises in `join` or `is_alive`, Python before 3.13 takes a running thread for one that has
+    ended (https://github.com/python/cpython/issues/90882), from then on and everywhere.
+    """
+
+    def __init__(self, target: Callable[..., object], args: tuple[Any, ...], name: str, *, daemon: bool = False) -> None:
+        super().__init__(target=target, args=args, name=name, daemon=daemon)
+        self._has_run = threading.Event()
+        self._runner: threading.Thread | None = None
+
+    def run(self) -> None:
+        """Also called by a thread that does itself what no thread could be started for."""
+        self._runner = threading.current_thread()
+        try:
+            super().run()
+        finally:
+            self._has_run.set()
+
+    def runs_here(self) -> bool:
+        """Whether what it runs is what has called this."""
+        return self._runner is threading.current_thread() and not self._has_run.is_set()
+
+    def wait(self, timeout_secs: float | None = None) -> bool:
+        """Whether what it runs has ended, within so many seconds at most; None waits as long as it takes."""
+        if not self._has_run.wait(timeout_secs):
+            return False
+        if self.ident is not None:
+            self.join()  # harmless from here on
+        return True
+
+
 class Workers:
     """A few threads that take calls in order; a context manager that waits for all of them.
 
@@ -25,7 +58,7 @@ class Workers:
         """At most `count` threads; with 0 a call has ended when `submit` returns, and one thread alone may call that."""
         self._count = count
         self._name = name
-        self._threads: list[threading.Thread] = []
+        self._threads: list[Waitable] = []
         self._calls = _Calls()
         self._closed = False
 
@@ -43,7 +76,7 @@ class Workers:
 
     def _start_thread(self) -> None:
         name = f"{self._name}-{len(self._threads)}"
-        thread = threading.Thread(target=_run, args=(self._calls,), name=name, daemon=True)
+        thread = Waitable(_run, (self._calls,), name, daemon=True)
         try:
             thread.start()
         except RuntimeError:  # Python 3.12 starts none once the main thread has ended, and a process may have too many
@@ -65,7 +98,7 @@ class Workers:
                     call[0].cancel()
         self._end_threads()
         for thread in self._threads:
-            thread.join()
+            thread.wait()
 
     def __enter__(self) -> Self:
         return self

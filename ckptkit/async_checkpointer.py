@@ -11,7 +11,8 @@ import attrs
 
 from ckptkit import _lifetime, errors
 from ckptkit._checks import given_options
-from ckptkit._gc import paused_gc, resumed_gc
+from ckptkit._gc import end_left_over, paused_gc, resumed_gc
+from ckptkit._threads import Waitable
 from ckptkit.checkpointer import Checkpointer, Path
 from ckptkit.handlers.base import CheckpointHandler
 from ckptkit.metadata.step import StepMetadata
@@ -52,7 +53,7 @@ class AsyncCheckpointer(Checkpointer):
         self._deferring = self._options.create_directories_asynchronously
         if timeout_secs is not None:
             self._options = attrs.evolve(self._options, timeout_secs=timeout_secs)
-        self._thread: threading.Thread | None = None
+        self._thread: Waitable | None = None
         self._saving = threading.Lock()  # one save at a time, whoever calls
         self._handing_over = threading.Lock()  # for an instant, by whoever changes `_thread`
 
@@ -74,6 +75,7 @@ class AsyncCheckpointer(Checkpointer):
             this one is not started then.
         """
         self._refuse_own_thread()
+        end_left_over()
         if not self._saving.acquire(timeout=_seconds(self._options.timeout_secs)):
             raise self._late(self._options.timeout_secs)
         try:
@@ -116,8 +118,7 @@ class AsyncCheckpointer(Checkpointer):
         if thread is not None:
             _lifetime.refuse_fork()
             self._refuse_own_thread()
-            thread.join(_seconds(timeout_secs))
-            if thread.is_alive():
+            if not thread.wait(_seconds(timeout_secs)):
                 raise self._late(timeout_secs)
             with self._handing_over:
                 if self._thread is thread:
@@ -138,7 +139,7 @@ class AsyncCheckpointer(Checkpointer):
         if thread is None:
             return False
         _lifetime.refuse_fork()
-        return thread.is_alive()
+        return not thread.wait(0)
 
     def close(self) -> None:
         """Waits for a save in flight, and releases the handler.
@@ -161,18 +162,20 @@ class AsyncCheckpointer(Checkpointer):
 
     def _finish_in_thread(self, saving: Saving) -> None:
         """Starts the thread that commits; the caller commits where none starts, or none would be waited for."""
+        # Not a daemon, so that the interpreter waits for it at exit.
+        thread = Waitable(self._finish, (saving,), "ckptkit-commit")
         if not _lifetime.exiting():
-            # Not a daemon, so that the interpreter waits for it at exit.
-            thread = threading.Thread(target=self._finish, args=(saving,), name="ckptkit-commit", daemon=False)
             with contextlib.suppress(RuntimeError):  # no more threads, or the interpreter is about to exit
                 thread.start()
                 with self._handing_over:
                     self._thread = thread  # only now, since nobody can wait for a thread that has not started
                 return
         saving.let_go()
+        with self._handing_over:
+            self._thread = thread
         try:
             with resumed_gc():
-                self._finish(saving)
+                thread.run()
         finally:
             with self._handing_over:
                 self._thread = None
@@ -184,7 +187,8 @@ class AsyncCheckpointer(Checkpointer):
         with self._handing_over:
             if not saving.take():
                 return
-            self._thread = thread  # also where Ctrl-C kept the caller from it
+            if isinstance(thread, Waitable):
+                self._thread = thread  # also where Ctrl-C kept the caller from it
         try:
             saving.finish()
             if self._options.post_finalization_callback is not None:
@@ -194,7 +198,7 @@ class AsyncCheckpointer(Checkpointer):
 
     def _refuse_own_thread(self) -> None:
         """Raises `errors.BusyError` in a callback of the save in flight, which is not over before the callback returns."""
-        if threading.current_thread() is self._thread:
+        if self._thread is not None and self._thread.runs_here():
             raise errors.BusyError(
                 "a callback of a save cannot wait for that save, nor use its checkpointer, which would; use another checkpointer."
             )

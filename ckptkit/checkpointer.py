@@ -13,7 +13,7 @@ import attrs
 
 from ckptkit import _lifetime, choosing, discovery, errors, meeting, reports, restoration
 from ckptkit._checks import a, given_options, optional
-from ckptkit._gc import resumed_gc
+from ckptkit._gc import end_left_over, resumed_gc
 from ckptkit.file_list import read_file_list, relying_on
 from ckptkit.handlers.base import AsyncCheckpointHandler, CheckpointHandler, DeferredPathAsyncCheckpointHandler, run_coroutine
 from ckptkit.location import Location
@@ -119,6 +119,7 @@ class Checkpointer:
           errors.ProcessError, errors.TimeoutError: with `MultiprocessingOptions(single_reader=True)`, other processes restore
             something else, fail, or do not come.
         """
+        end_left_over()
         start = time.monotonic()
         with self._reading_together() as meet:
             self._check_open()
@@ -238,8 +239,10 @@ class Checkpointer:
                 with reports.tracking(tracker), meeting.attending(meet):
                     temporary: Any = begin.later() if deferred else begin().temporary.path
                     if isinstance(handler, AsyncCheckpointHandler):
-                        coroutine = answers.coroutine(registry, handler, handler.async_save(temporary, args=save_args))
-                        saving.writing = answers.futures(registry, handler, run_coroutine(coroutine))
+                        with answers.unhurried(registry, handler):
+                            made = handler.async_save(temporary, args=save_args)
+                            with contextlib.closing(answers.coroutine(registry, handler, made)) as coroutine:
+                                saving.writing = answers.futures(registry, handler, run_coroutine(coroutine))
                     else:
                         with resumed_gc():
                             meeting.on_primary(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ckptkit import args as args_lib
-from ckptkit import commit, errors
+from ckptkit import errors, finding
 from ckptkit._marker import is_of_commits
 from ckptkit.file_list import FILE_LIST
 from ckptkit.handlers._stored import args_for_files, handler_class_for, held_by, item_folders
@@ -97,16 +97,16 @@ def make_handler(handler_class: type[CheckpointHandler], registry: Registry | No
     return handler
 
 
-def attempts(registry: Registry, path: str | os.PathLike[str]) -> Iterator[commit.Attempt]:
-    """Attempts at reading the checkpoint at a path: see `commit.attempts`."""
-    return commit.attempts(lambda: _resolved(registry, registry.location(path)))
+def attempts(registry: Registry, path: str | os.PathLike[str]) -> Iterator[finding.Attempt]:
+    """Attempts at reading the checkpoint at a path: see `finding.attempts`."""
+    return finding.attempts(lambda: _resolved(registry, registry.location(path)))
 
 
 def _resolved(registry: Registry, location: Location) -> Location:
-    """Where the checkpoint is to be read: see `commit.resolve`; or a single file that a storage backend recognises."""
+    """Where the checkpoint is to be read: see `finding.resolve`; or a single file that a storage backend recognises."""
     if location.local_path is not None and os.path.isfile(location.local_path) and answers.recognising(registry, location):
         return location
-    return commit.resolve(location)
+    return finding.resolve(location)
 
 
 def step_metadata(location: Location) -> StepMetadata:

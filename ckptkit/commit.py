@@ -3,7 +3,7 @@
 A save writes into `<name>.orbax-checkpoint-tmp`, whose writer holds a lock on the directory itself (flock on its inode),
 so that a killed writer's lock is gone with it. Committing syncs every file and directory, renames, and syncs the parent.
 With `force`, old and new are exchanged in one step where the system can (Linux: renameat2, macOS: renamex_np), else the
-old one is set aside under `<name>.ckptkit-old.orbax-checkpoint-tmp` between two renames, where `resolve` still finds it.
+old one is set aside under `<name>.ckptkit-old.orbax-checkpoint-tmp` between two renames, where readers still find it.
 Only then is the old one deleted.
 
 That is how it is in directories of this machine; in other places a file written last decides, see `_marker`. Both make
@@ -13,13 +13,10 @@ directories that Orbax opens, except that the second save to the same place in a
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator
-from types import TracebackType
+from collections.abc import Iterator
 from typing import Final
 
 from ckptkit import _marker, errors
@@ -29,158 +26,21 @@ from ckptkit.file_list import FILE_LIST
 from ckptkit.location import FileLocation, Location, MarkerLocation, mapped_os_errors
 from ckptkit.metadata.step import STEP_FILE, decode_step
 from ckptkit.reports import CleanReport
-from ckptkit.restoration import Restoration, current_restoration
 
 __all__ = [
+    "ASIDE_SUFFIX",
     "TEMPORARY_SUFFIX",
     "AnyPending",
-    "Attempt",
     "Pending",
-    "attempts",
     "begin",
     "check_free",
     "clean",
-    "identity",
-    "resolve",
 ]
 
 TEMPORARY_SUFFIX = ".orbax-checkpoint-tmp"
-_ASIDE_SUFFIX = f".ckptkit-old{TEMPORARY_SUFFIX}"
-_MAX_ATTEMPTS: Final = 100
-_PAUSE_SECS: Final = 0.1
-"""Until processes look again that see different checkpoints: clients of NFS keep what they know of directories for seconds."""
+ASIDE_SUFFIX = f".ckptkit-old{TEMPORARY_SUFFIX}"
 _FOREIGN_SECS: Final = 120
 """For so long after its last change, an unfinished save of another program's is taken to be under way."""
-
-
-def resolve(location: Location) -> Location:
-    """Where the checkpoint at `location` is to be read: there, or where an overwrite has put it.
-
-    Raises:
-      errors.NotFoundError: there is none.
-      errors.IncompleteError: a save that never finished is there.
-    """
-    if isinstance(location, MarkerLocation):
-        return _marker.resolve(location)
-    if location.local_path is None:
-        return location
-    found = _resolve(location.local_path)
-    committed = _marker.identity(found)  # one that was copied here from a place without renames may lie in a folder of its own
-    return found if committed is None else _marker.data_location(found, committed)
-
-
-def _resolve(path: str) -> FileLocation:
-    if os.path.basename(path).endswith(TEMPORARY_SUFFIX):
-        raise errors.IncompleteError(f"Found incomplete checkpoint at {path}: this is the temporary directory of a save.")
-    if os.path.isdir(path):
-        return FileLocation(path)
-    if os.path.isdir(path + _ASIDE_SUFFIX):
-        return FileLocation(path + _ASIDE_SUFFIX)
-    if os.path.exists(path):
-        raise errors.NotFoundError(errno.ENOTDIR, "this is a file, and no storage backend recognises it", path)
-    raise errors.NotFoundError(errno.ENOENT, f"no checkpoint here; {_neighbours(path)}", path)
-
-
-def attempts(find: Callable[[], Location]) -> Iterator[Attempt]:
-    """Attempts at reading a checkpoint where `find` says that it is, until one is not disturbed; each is a context manager.
-
-    Files are opened by path: where another checkpoint took this one's place meanwhile, an error is passed over, and there is
-    a further attempt, at the new one. Processes that read together make each attempt together, at the same checkpoint.
-
-    Raises:
-      errors.BusyError: others replaced the checkpoint during each of a hundred attempts.
-      what `find` raises.
-    """
-    meeting = current_restoration()
-    for _ in range(_MAX_ATTEMPTS):
-        location = find()
-        attempt = Attempt(location, meeting)
-        if meeting.job.others and not meeting.stands("version", _version(location)):
-            time.sleep(_PAUSE_SECS)
-        else:
-            yield attempt
-            if not attempt.disturbed:
-                return
-        meeting.start_over()
-    raise errors.BusyError(
-        f"{location.url}: while it was read, another checkpoint took its place, {_MAX_ATTEMPTS} times in a row; "
-        "replace it less often than reading it takes, or read one that stays."
-    )
-
-
-class Attempt:
-    """Reads where a checkpoint is to be read, which the `with` statement gives; `disturbed` tells whether that held."""
-
-    def __init__(self, location: Location, meeting: Restoration) -> None:
-        self._location = location
-        self._meeting = meeting
-        self._seen = _seen(location)
-        self.disturbed = False
-
-    def __enter__(self) -> Location:
-        return self._location
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
-        if error is not None and not isinstance(error, errors.CheckpointError):
-            return False
-        seen = _seen(self._location)
-        if seen[0] != self._seen[0] or (error is not None and seen[1] != self._seen[1]):
-            self.disturbed = self._meeting.give_up_attempt()
-        elif error is None and self._meeting.job.others:
-            self.disturbed = not self._meeting.stands("end")
-        else:
-            self.disturbed = self._meeting.given_up
-        return self.disturbed
-
-
-def _version(location: Location) -> bytes:
-    """What tells one checkpoint from another on every process alike, by when it was saved; b'' where nothing says so.
-
-    An inode's number and times are not the same on every machine that mounts a file system.
-    """
-    with contextlib.suppress(errors.NotFoundError):  # it is being replaced, which `Attempt` notices
-        if location.exists(STEP_FILE):
-            return hashlib.blake2b(location.read_bytes(STEP_FILE), digest_size=16).digest()
-    return b""
-
-
-def identity(location: Location) -> object:
-    """What tells one checkpoint from another that took its place; None where there is nothing to tell."""
-    return _seen(location)[0]
-
-
-def _seen(location: Location) -> tuple[object, tuple[int, int] | None]:
-    """The `identity` of a checkpoint, and when anything last came into its directory or left it, as in a deletion.
-
-    An inode's number alone is no identity: ext4 gives that of a deleted directory to the next one, so that after two overwrites
-    it is the same again. What tells is the list of files, or, where there is none, those times. They are no part of it otherwise,
-    since somebody may put a file beside those of the checkpoint; that one of these is gone, the list tells.
-    """
-    if isinstance(location, MarkerLocation):
-        committed = _marker.identity(location)
-        return object() if committed is None else committed, None  # what is gone is equal to nothing
-    path = location.local_path or ""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None, None
-    times = found.st_mtime_ns, found.st_ctime_ns
-    try:
-        listed = os.stat(f"{path}/{FILE_LIST}")
-    except OSError:
-        return (found.st_dev, found.st_ino, *times), times
-    return (found.st_dev, found.st_ino, listed.st_ino, listed.st_mtime_ns, listed.st_size), times
-
-
-def _neighbours(path: str) -> str:
-    """What there is instead, for the message of a missing checkpoint."""
-    if os.path.isdir(path + TEMPORARY_SUFFIX):
-        return f"a save to it never finished, or is under way ({path + TEMPORARY_SUFFIX})"
-    parent = os.path.dirname(path)
-    if not os.path.isdir(parent):
-        return f"not even the directory above it exists ({parent})"
-    names = sorted(name for name in os.listdir(parent) if not name.endswith(TEMPORARY_SUFFIX))
-    return f"{parent} holds {', '.join(names[:20]) or 'nothing'}{' ...' if len(names) > 20 else ''}"
 
 
 def check_free(path: str, *, force: bool) -> None:
@@ -192,7 +52,7 @@ def check_free(path: str, *, force: bool) -> None:
     """
     if path.endswith(TEMPORARY_SUFFIX):
         raise errors.ArgsError(f"{path}: names that end in {TEMPORARY_SUFFIX} are for unfinished saves; choose another.")
-    if not force and (os.path.lexists(path) or os.path.isdir(path + _ASIDE_SUFFIX)):
+    if not force and (os.path.lexists(path) or os.path.isdir(path + ASIDE_SUFFIX)):
         raise _exists(path)
 
 
@@ -288,7 +148,7 @@ class Pending:
         new = self.temporary.local_path
         try:
             exchanged = exchange(new, self.path)
-            leftover = new if exchanged else self.path + _ASIDE_SUFFIX
+            leftover = new if exchanged else self.path + ASIDE_SUFFIX
             if not exchanged:
                 os.rename(self.path, leftover)
             try:
@@ -353,7 +213,7 @@ def clean(root: str | os.PathLike[str], *, dry_run: bool = False) -> CleanReport
 
 def _clean(leftover: str, report: CleanReport, *, dry_run: bool) -> None:
     """Does to one temporary directory what `clean` does, and reports it."""
-    target = leftover.removesuffix(_ASIDE_SUFFIX)
+    target = leftover.removesuffix(ASIDE_SUFFIX)
     lock = try_lock(leftover, required=True)
     try:
         if lock is None or not lock.is_at(leftover):  # it may have been committed or removed since it was listed
@@ -441,13 +301,13 @@ def _locked_directory(temporary: str, path: str) -> Lock:
 
 def _settle(path: str) -> None:
     """Makes the renames of a killed save durable: what it replaced is about to be deleted, and a power cut must not undo them."""
-    if os.listdir(path + TEMPORARY_SUFFIX) or os.path.isdir(path + _ASIDE_SUFFIX):
+    if os.listdir(path + TEMPORARY_SUFFIX) or os.path.isdir(path + ASIDE_SUFFIX):
         sync(os.path.dirname(path))
 
 
 def _recover(path: str) -> None:
     """Finishes what an overwrite that was killed between its two renames left."""
-    aside = path + _ASIDE_SUFFIX
+    aside = path + ASIDE_SUFFIX
     if not os.path.isdir(aside):
         return
     if os.path.lexists(path):

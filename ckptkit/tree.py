@@ -11,7 +11,7 @@ import numbers
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import attrs
 import jax
@@ -179,7 +179,7 @@ def flatten(tree: Any) -> tuple[list[Any], Structure]:
     named = functools.cache(lambda: _named(tree, treedef.num_leaves))
     try:
         shared = _plain_names.get(treedef, named)
-        if not shared.is_plain:  # then with its text, since {1: x} and {True: x} have equal treedefs, but other names
+        if not (shared.is_plain and _has_texts(tree)):  # then with its text: {1: x} and {True: x} have equal treedefs
             shared = _names.get((treedef, str(treedef)), named)
     except errors.TreeError:
         raise
@@ -189,6 +189,19 @@ def flatten(tree: Any) -> tuple[list[Any], Structure]:
         leaves, treedef = _flatten(tree, is_empty_node)
     _check_count(len(leaves), len(shared.names))
     return leaves, Structure(treedef, shared)
+
+
+_TEXT: Final = frozenset({str})
+_PLAIN: Final = frozenset({dict, list, tuple})
+
+
+def _has_texts(node: Any) -> bool:
+    """Whether all keys are plain texts, in a tree of plain nodes: a member of an enum may be equal to one, of another name."""
+    kind = type(node)
+    if kind is dict and not _TEXT.issuperset(map(type, node)):
+        return False
+    children = node.values() if kind is dict else node if kind in _PLAIN else ()
+    return _PLAIN.isdisjoint(map(type, children)) or all(map(_has_texts, children))
 
 
 def _flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[Any], Any]:
@@ -230,7 +243,7 @@ class _Walk:
 
     def _below(self, node: Any, path: tuple[Key, ...], prefix: str) -> None:
         keys, kinds, children = _children(node)
-        self.is_plain &= type(node) in (list, tuple) or (type(node) is dict and {str}.issuperset(map(type, node)))
+        self.is_plain &= type(node) in (list, tuple) or (type(node) is dict and _TEXT.issuperset(map(type, node)))
         if keys and self._leaf_kinds.issuperset(map(type, children)):  # as for most nodes
             self.runs.append(_Run(path, keys, kinds))
             self.names.extend([prefix + key for key in keys])

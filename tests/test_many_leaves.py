@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gc
 import threading
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
+import attrs
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,3 +118,44 @@ def test_arrays_are_placed_as_the_public_function_places_them(
     assert found.sharding == sharding
     assert (found.aval, found.committed, found.format) == (expected.aval, expected.committed, expected.format)
     np.testing.assert_array_equal(np.asarray(found), data)
+
+
+class _Noting(ckptkit.AsyncCheckpointHandler):
+    """A plugin's handler, which notes whether garbage is collected while it saves."""
+
+    async def async_save(self, directory: Any, args: Any) -> list[Future[None]]:
+        args.seen.append(gc.isenabled())
+        return []
+
+    def restore(self, directory: Any, args: Any = None) -> None:
+        return None
+
+
+class _NotingNow(ckptkit.CheckpointHandler):
+    """As `_Noting`, in the call."""
+
+    def save(self, directory: Any, args: Any) -> None:
+        args.seen.append(gc.isenabled())
+
+    def restore(self, directory: Any, args: Any = None) -> None:
+        return None
+
+
+@attrs.define
+class _Note(ckptkit.args.CheckpointArgs):
+    seen: list[bool]
+
+
+@pytest.mark.parametrize("handler", [_Noting, _NotingNow])
+@pytest.mark.parametrize("item", [False, True], ids=["alone", "item"])
+def test_garbage_is_collected_while_the_handler_of_a_plugin_saves(
+    tmp_path: Path, registry: ckptkit.Registry, handler: Any, item: bool
+) -> None:
+    seen: list[bool] = []
+    registry.add_args(_Note, handler, for_save=True, for_restore=True)
+    made = ckptkit.CompositeCheckpointHandler() if item else handler()
+    made.registry = registry
+    args = ckptkit.args.Composite(note=_Note(seen)) if item else _Note(seen)
+    with ckptkit.AsyncCheckpointer(made, registry=registry) as checkpointer:
+        checkpointer.save(tmp_path / "c", args=args)
+    assert seen == [True]

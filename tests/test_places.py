@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 
 import ckptkit
-from ckptkit import args, commit, errors, saving
+from ckptkit import args, commit, errors, finding, saving
 from ckptkit.location import LocationPath
 from ckptkit.testing import assert_same, strategies
 
@@ -215,13 +215,13 @@ def _begin(url, *, force=False, text=b"text"):
 
 
 def _content(url):
-    return commit.resolve(location_of(url)).read_bytes("sub/file")
+    return finding.resolve(location_of(url)).read_bytes("sub/file")
 
 
 def test_nothing_counts_before_the_commit_and_everything_after(url):
     pending = _begin(url)
     with pytest.raises(errors.IncompleteError, match="never finished, or is under way"):
-        commit.resolve(location_of(url))
+        finding.resolve(location_of(url))
     pending.commit()
     assert _content(url) == b"text"
     assert sorted(location_of(url).names()) == [COMMIT, "sub"]
@@ -365,7 +365,7 @@ def test_an_empty_commit_file_added_by_hand_makes_a_copied_checkpoint_readable(u
 @pytest.mark.parametrize("data", [b'{"data": "../x"}', b'{"data": "sub"}', b'{"data": 3}', b"[]", b"[" * 60000, b"\xff"])
 def test_a_commit_file_leads_nowhere_else(url, data):
     location_of(url).write_bytes(COMMIT, data)
-    assert commit.resolve(location_of(url)).url == url
+    assert finding.resolve(location_of(url)).url == url
 
 
 def test_a_restore_starts_over_where_the_checkpoint_was_replaced_meanwhile(url, registry):

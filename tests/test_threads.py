@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextvars
 import gc
+import os
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import Future
+from pathlib import Path
 
 import pytest
 
+import ckptkit
 from ckptkit._gc import paused_gc, resumed_gc
 from ckptkit._threads import Workers
 from ckptkit.storage import Pending
@@ -146,6 +150,54 @@ def test_collections_are_paused_and_resumed_by_the_thread_that_paused_them_and_n
         assert not _enabled_where_resumed()
     finally:
         gc.enable()
+
+
+def test_collections_are_resumed_in_a_thread_that_goes_on_with_the_call() -> None:
+    with paused_gc():
+        context = contextvars.copy_context()  # as `run_coroutine` does where an event loop runs
+        thread = threading.Thread(target=context.run, args=[lambda: seen.append(_enabled_where_resumed())])
+        seen: list[bool] = []
+        thread.start()
+        thread.join()
+    assert seen == [True]
+
+
+def test_collections_that_a_call_left_off_as_ctrl_c_ended_it_come_back_with_the_next_call(tmp_path: Path) -> None:
+    paused_gc().__enter__()
+    assert not gc.isenabled()
+    ckptkit.save(tmp_path / "c", {"a": 1})
+    assert gc.isenabled()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_fork_does_not_inherit_a_pause_of_a_thread_that_it_does_not_have() -> None:
+    code = """
+import gc, os, threading
+from ckptkit._gc import paused_gc
+
+def hold():
+    with paused_gc():
+        paused.set()
+        forked.wait()
+
+paused, forked = threading.Event(), threading.Event()
+thread = threading.Thread(target=hold)
+thread.start()
+paused.wait()
+child = os.fork()
+if not child:
+    os._exit(gc.isenabled())
+status = os.waitpid(child, 0)[1]
+forked.set()
+thread.join()
+with paused_gc():
+    child = os.fork()
+    if not child:
+        os._exit(gc.isenabled())
+    print(os.waitstatus_to_exitcode(status), os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), gc.isenabled())
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.returncode) == ("1 0 False\n", 0), done.stderr
 
 
 def _enabled_where_resumed() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from typing import Any
 
 import jax
@@ -102,3 +103,14 @@ def test_static_fields_of_a_restored_tree_are_the_targets_not_those_of_an_equal_
 def test_trees_of_equal_structure_share_their_names():
     first, second = [tree.flatten({"state": State(1, Config("m", rate)), "empty": {}})[1] for rate in (0.1, 0.2)]
     assert first.shared is second.shared
+
+
+class Named(str, enum.Enum):  # noqa: UP042 - whose text would be its value
+    """Equal to texts, of which they are not the names."""
+
+    A = "a"
+
+
+def test_keys_that_are_equal_to_texts_keep_their_own_names():
+    names = [tree.flatten(item)[1].names for item in ({"x": [{"a": 1}]}, {"x": [{Named.A: 1}]}, {"x": [{"a": 1}]})]
+    assert names == [["x.0.a"], ["x.0.Named.A"], ["x.0.a"]]

@@ -10,13 +10,13 @@ import abc
 import asyncio
 import contextlib
 import contextvars
-import threading
 import warnings
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from ckptkit import errors
+from ckptkit._threads import Waitable
 
 if TYPE_CHECKING:
     from etils import epath
@@ -189,12 +189,12 @@ def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:
         except BaseException as error:  # noqa: BLE001 - it is raised again in the calling thread
             result.set_exception(error)
 
-    thread = threading.Thread(target=contextvars.copy_context().run, args=(run,), name="ckptkit-coroutine")
+    thread = Waitable(contextvars.copy_context().run, (run,), "ckptkit-coroutine")
     thread.start()
     try:
-        thread.join()
+        thread.wait()
     except BaseException:
-        thread.join()
+        thread.wait()
         _give_up(result)
         raise
     return result.result()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ckptkit import args as args_lib
 from ckptkit import discovery, errors
 from ckptkit._checks import a, optional
+from ckptkit._gc import resumed_gc
 from ckptkit.file_list import FILE_LIST
 from ckptkit.handlers._stored import args_for_files, handler_class_for, item_folders
 from ckptkit.handlers.base import AsyncCheckpointHandler, CheckpointHandler
@@ -223,9 +224,11 @@ async def _start(registry: Registry, handler: CheckpointHandler, folder: epath.P
     with mapped_os_errors(str(folder), "make the folder"):
         folder.mkdir(exist_ok=True)  # another process may have been faster
     if isinstance(handler, AsyncCheckpointHandler):
-        started = await answers.coroutine(registry, handler, handler.async_save(folder, args=args))
+        with answers.unhurried(registry, handler):
+            started = await answers.coroutine(registry, handler, handler.async_save(folder, args=args))
         return [_ItemFuture(future, name) for future in answers.futures(registry, handler, started)]
-    on_primary(lambda: answers.synchronous(registry, handler, handler.save(folder, args=args)))
+    with resumed_gc():
+        on_primary(lambda: answers.synchronous(registry, handler, handler.save(folder, args=args)))
     return []
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import orjson
 
 from ckptkit import errors
+from ckptkit._gc import resumed_gc
 from ckptkit.grid import Array, ArraySpec, Chunk, Index, chunk_count, index_shape
 from ckptkit.handlers.base import CheckpointHandler
 from ckptkit.leaves.base import Kinds, Leaf, LeafSpec, Problem, RestoreArgs, TypeHandler
@@ -51,6 +52,7 @@ __all__ = [
     "stored_arrays",
     "synchronous",
     "typestr",
+    "unhurried",
 ]
 
 T = TypeVar("T")
@@ -114,6 +116,11 @@ def calling(registry: Registry, thing: object, method: str) -> Iterator[Answers]
         if answers.is_builtin:
             raise
         raise answers.mistake(f"raised {type(error).__name__}: {error}") from error
+
+
+def unhurried(registry: Registry, handler: CheckpointHandler) -> contextlib.AbstractContextManager[None]:
+    """Where a plugin's handler runs for as long as it likes: garbage is collected meanwhile, as it would be without ckptkit."""
+    return contextlib.nullcontext() if registry.owner_of(handler).is_builtin else resumed_gc()
 
 
 def instance(answers: Answers, answer: T, kind: type) -> T:

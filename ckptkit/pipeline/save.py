@@ -13,6 +13,7 @@ import attrs
 
 from ckptkit import errors, reports
 from ckptkit._gc import paused_gc, resumed_gc
+from ckptkit._threads import Waitable
 from ckptkit.grid import index_nbytes
 from ckptkit.index import Checksums
 from ckptkit.leaves.base import TypeHandler
@@ -123,12 +124,7 @@ def start_save(
     budget = _Budget(plan.max_inflight_bytes)
     tracker.expect(_byte_count(plan, current_meeting()), sum([len(group.positions) for group in plan.groups]))
     # Not a daemon: the interpreter waits for it at exit, so that a save under way is finished.
-    writer = threading.Thread(
-        target=_write,
-        args=(plan, place, batches, budget, documents, tracker, current_meeting(), result),
-        name="ckptkit-write",
-        daemon=False,
-    )
+    writer = Waitable(_write, (plan, place, batches, budget, documents, tracker, current_meeting(), result), name="ckptkit-write")
     try:
         tracker.writers.append(result)  # here, so that it ends whatever happens
         for handler, batch in [(group.handler, batch) for group in plan.groups for batch in group.batches]:
@@ -153,7 +149,7 @@ def start_save(
         batches.put(None)
         tracker.let_go.set()
         if writer.ident:
-            writer.join()  # the caller removes the directory, so nobody may write there any more
+            writer.wait()  # the caller removes the directory, so nobody may write there any more
         else:
             result.end(_given_up())  # not the error itself, whose traceback would keep alive all that led here, locks too
         raise

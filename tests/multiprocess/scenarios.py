@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import ckptkit
 from ckptkit import args as ckpt_args
 from ckptkit import checkpointer as checkpointing
-from ckptkit import commit, errors, meeting, restoration
+from ckptkit import errors, finding, meeting, restoration
 from ckptkit._coordination import Store
 from ckptkit.file_list import read_file_list
 from ckptkit.leaves.jax_array import JaxArrayHandler
@@ -589,8 +589,8 @@ def _before_next_call(owner: Any, name: str, act: Any) -> None:
 
 def _see_another_version() -> None:
     """The next look at which checkpoint there is finds another one."""
-    version = commit._version
-    commit._version = lambda location: (setattr(commit, "_version", version), b"another")[1]
+    version = finding._version
+    finding._version = lambda location: (setattr(finding, "_version", version), b"another")[1]
 
 
 def _lack_memory() -> None:
@@ -626,7 +626,7 @@ def restores_astray(directory: Path, plan: Any) -> Any:
         "missing here": lambda checkpointer: checkpointer.restore("/proc/self/cwd/own_1"),
         "missing there": lambda checkpointer: checkpointer.restore("/proc/self/cwd/own_0"),
         "closed": lambda checkpointer: (plan["rank"] and checkpointer.close(), checkpointer.restore(here))[1],
-        "seen late": with_fault(1, commit, "attempts", _see_another_version),
+        "seen late": with_fault(1, finding, "attempts", _see_another_version),
         "no memory": with_fault(1, sharing, "_overlaps", _lack_memory),
         "interrupted": with_fault(1, restoring, "_damage", _interrupt),
         "replaced here": with_fault(0, checkpointing, "read_file_list", overwrite),
