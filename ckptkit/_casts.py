@@ -68,7 +68,7 @@ def unheld(numbers: Array, dtype: np.dtype[Any]) -> int | None:
         return None
     if numbers.dtype.type in _OTHERS:
         numbers = numbers.astype(np.int8)  # holds them all
-    held, wanted = np.iinfo(numbers.dtype), ml_dtypes.iinfo(dtype)  # type: ignore[no-untyped-call]  # it is
+    held, wanted = np.iinfo(numbers.dtype), ml_dtypes.iinfo(dtype)  # type: ignore[no-untyped-call]  # ml_dtypes leaves it so
     low, high = max(held.min, wanted.min), min(held.max, wanted.max)
     if low <= numbers.min() and numbers.max() <= high:
         return None
