@@ -149,8 +149,9 @@ def encode_tree(document: TreeDocument) -> bytes:
       errors.TreeError: two leaves of the same keys, or a key that UTF-8 cannot encode.
     """
     key_json, value_json = functools.cache(_key_json), functools.cache(_value_json)  # leaves share most of theirs
+    quoted = functools.cache(_quoted)
     tree = {
-        str(tuple(map(_NAME, keys))): {
+        f"({', '.join(map(quoted, keys))})" if len(keys) > 1 else str(tuple(map(_NAME, keys))): {
             "key_metadata": list(map(key_json, keys)),
             "value_metadata": value_json(value_type, skip, write_shape),
         }
@@ -174,13 +175,17 @@ def encode_tree(document: TreeDocument) -> bytes:
 _NAME = operator.attrgetter("name")
 
 
-def _key_json(key: Key) -> dict[str, Any]:
-    return {"key": key.name, "key_type": key.kind}
+def _quoted(key: Key) -> str:
+    return repr(key.name)
 
 
-def _value_json(value_type: str, skip: bool, write_shape: tuple[int, ...] | None) -> dict[str, Any]:  # noqa: FBT001 - as in `Entry`
+def _key_json(key: Key) -> orjson.Fragment:
+    return orjson.Fragment(dump({"key": key.name, "key_type": key.kind}))
+
+
+def _value_json(value_type: str, skip: bool, write_shape: tuple[int, ...] | None) -> orjson.Fragment:  # noqa: FBT001 - as in `Entry`
     document = {"value_type": value_type, "skip_deserialize": skip}
-    return document if write_shape is None else {**document, "write_shape": write_shape}
+    return orjson.Fragment(dump(document if write_shape is None else {**document, "write_shape": write_shape}))
 
 
 def decode_tree(data: bytes, where: str) -> TreeDocument:
