@@ -10,7 +10,7 @@ import numpy as np
 
 from ckptkit.grid import Array
 
-__all__ = ["can_cast", "cast", "kind_of"]
+__all__ = ["can_cast", "cast", "kind_of", "unheld"]
 
 _KINDS: Final = "buifc"
 """numpy's letters, each kind before those that hold it."""
@@ -57,6 +57,22 @@ def cast(numbers: Array, dtype: np.dtype[Any]) -> Array:
         if not np.can_cast(numbers.dtype, dtype, "unsafe"):  # ml_dtypes does not know how, as from int4 to int2
             numbers = numbers.astype(np.int64 if held in "bui" and wanted in "bui" else np.float32)
         return numbers.astype(dtype)
+
+
+def unheld(numbers: Array, dtype: np.dtype[Any]) -> int | None:
+    """The first integer that a cast to another dtype of integers changes; None where there is none, or other numbers.
+
+    Where all are kept, nothing as large as the numbers is made.
+    """
+    if {kind_of(numbers.dtype), kind_of(dtype)} - {"u", "i"} or not numbers.size or can_cast(numbers.dtype, dtype, "safe"):
+        return None
+    if numbers.dtype.type in _OTHERS:
+        numbers = numbers.astype(np.int8)  # holds them all
+    held, wanted = np.iinfo(numbers.dtype), ml_dtypes.iinfo(dtype)  # type: ignore[no-untyped-call]  # ml_dtypes leaves it so
+    low, high = max(held.min, wanted.min), min(held.max, wanted.max)
+    if low <= numbers.min() and numbers.max() <= high:
+        return None
+    return int(numbers[(numbers < low) | (numbers > high)][0])
 
 
 def _holds(wanted: np.dtype[Any], stored: np.dtype[Any]) -> bool:

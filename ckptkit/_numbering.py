@@ -47,8 +47,7 @@ def next_prefix(store: Store, job: Job, key_prefix: str | None) -> str:
       job: who takes part.
       key_prefix: tells apart what several threads save at once.
     """
-    members = "all" if job.processes == tuple(range(job.process_count)) else "-".join(map(str, job.processes))
-    root = f"ckptkit/{quote(key_prefix or '-', safe='')}/{members}"
+    root = f"ckptkit/{quote(key_prefix or '-', safe='')}/{_group(job.processes)}"
     with _lock:
         first = root not in _lines
         line = _lines.setdefault(root, _Line())
@@ -93,6 +92,12 @@ def tidy(store: Store, prefix: str, process_count: int) -> None:
             if len(list(store.list(f"{root}/{old}/ended/"))) == process_count:
                 store.delete(f"{root}/{old}")
                 kept.remove(old)
+
+
+def _group(processes: tuple[int, ...]) -> str:
+    """A name that no other group of processes has; a short one for all of a job, of which there may be thousands."""
+    first = len(processes)
+    return f"first-{first}" if processes == tuple(range(first)) else "-".join(map(str, processes))
 
 
 def _parts(prefix: str) -> tuple[str, int]:

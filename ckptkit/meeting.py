@@ -6,7 +6,7 @@ Keys lie below one prefix for each save, which `_numbering` makes:
 
     <prefix>/<point>/<process>, .../word       what each brought, and the primary's answer
     <prefix>/failed/<process>                  what went wrong there
-    <prefix>/alive/<process>                   changes while the process is at it
+    <prefix>/alive/<process>                   the primary, as the process has it, and a number that grows while it is at it
     <prefix>/ended/<process>                   the process writes no more, nor reads these keys
 
 Whoever waits looks for failures of others, and for processes that give no sign of life for `timeout_secs`; no clock is
@@ -30,9 +30,12 @@ from ckptkit._coordination import Store
 from ckptkit._telling import by_value, decoded, encoded, named
 from ckptkit.processes import Job, coordination_client
 
-__all__ = ["Meeting", "Watch", "attending", "convene", "convened", "current_meeting", "on_primary"]
+__all__ = ["COMMITTED", "Meeting", "Watch", "attending", "convene", "convened", "current_meeting", "on_primary"]
 
 M = TypeVar("M", bound="Meeting")
+
+COMMITTED: Final = "committed"
+"""The point of a save at which the primary tells that it has committed; who does not hear it cannot know whether."""
 
 _FIRST_PAUSE_SECS: Final = 0.001
 _LAST_PAUSE_SECS: Final = 0.1
@@ -104,7 +107,7 @@ class Meeting:
             came |= found.keys()
             if not missing:
                 return
-            self._raise_lost(watch.lost(missing), point)
+            self._raise_lost(watch, missing, point)
             # When the middle one comes, half of the others have come too, so that there are few listings, whatever the order.
             if self._store.wait(f"{self._at(point)}/{missing[len(missing) // 2]}", self._slice_secs) is None:
                 self.raise_failure()
@@ -122,7 +125,7 @@ class Meeting:
             if (word := self._store.wait(f"{self._at(point)}/word", self._slice_secs)) is not None:
                 return word
             self.raise_failure()
-            self._raise_lost(watch.lost([self.job.primary]), point)
+            self._raise_lost(watch, [self.job.primary], point)
 
     def agree(
         self, point: str, facts: Mapping[str, Any], explain: Callable[[int, Mapping[str, Any]], str | None] | None = None
@@ -138,6 +141,8 @@ class Meeting:
         Raises:
           errors.ProcessError: names what differs, and on which processes.
         """
+        # By the timeout that it has, each tells others that it lives, and judges them.
+        facts = {**facts, "timeout_secs": self.timeout_secs, "primary_host": self.job.primary}
         gathered = self.gather(point, json.dumps(facts).encode())
         if gathered is None or len(gathered) == 1:
             return
@@ -148,10 +153,13 @@ class Meeting:
             other = min(process for process, each in said.items() if each != facts)
             if explain is not None and (line := explain(other, said[other])) is not None:
                 lines.append(line)
-            raise errors.ProcessError(
-                f"the processes of the job do not {self.doing} the same, so nothing was {self.doing}d:{errors.listing(lines)}\n"
-                f"Every process must call {self.doing} with the same path, and a tree of the same kind."
-            )
+            raise self._differ(lines)
+
+    def _differ(self, lines: Sequence[str]) -> errors.ProcessError:
+        return errors.ProcessError(
+            f"the processes of the job do not {self.doing} the same, so nothing was {self.doing}d:{errors.listing(lines)}\n"
+            f"Every process must call {self.doing} with the same path and options, and a tree of the same kind."
+        )
 
     def wait(self, writing: Sequence[futures.Future[Any]]) -> None:
         """Waits until everything is done; raises what went wrong with it, or elsewhere."""
@@ -235,11 +243,22 @@ class Meeting:
         return {int(key): value for key, value in self._store.list(f"{self._prefix}/{name}/") if key.isdecimal()}
 
     def _beats(self, processes: Collection[int]) -> Mapping[int, bytes | None]:
-        """The newest signs of life."""
+        """The newest signs of life.
+
+        Raises:
+          errors.ProcessError: one of them has another primary, so that the two would wait for each other.
+        """
         assert self._store is not None
+        beats: Mapping[int, bytes | None]
         if len(processes) > 4:
-            return self._listed("alive")
-        return {process: self._store.get(f"{self._prefix}/alive/{process}") for process in processes}
+            beats = self._listed("alive")
+        else:
+            beats = {process: self._store.get(f"{self._prefix}/alive/{process}") for process in processes}
+        primaries = {process: int(beat.split()[0]) for process, beat in beats.items() if beat is not None}
+        primaries[self.job.process_index] = self.job.primary
+        if len(set(primaries.values())) > 1:
+            raise self._differ([f"primary_host: {by_value(primaries)}"])
+        return beats
 
     def _live(self) -> None:
         """The thread that gives signs of life; on the primary it tidies first, for which nobody need wait."""
@@ -251,22 +270,33 @@ class Meeting:
             if self._over.wait(self.timeout_secs / 5):
                 return
             with contextlib.suppress(errors.CheckpointError):
-                self._store.set(f"{self._prefix}/alive/{self.job.process_index}", str(number).encode())
+                self._store.set(f"{self._prefix}/alive/{self.job.process_index}", f"{self.job.primary} {number}".encode())
 
-    def _raise_lost(self, lost: Sequence[int], point: str) -> None:
-        if lost:
-            error = errors.TimeoutError(
-                f"{named(lost)} of {self.job.process_count} did not come to the point {point.partition('-')[0]!r} of the "
-                f"{self.doing}, and gave no sign of life for {self.timeout_secs:g} s: killed, stopped, or not calling "
-                f"{self.doing}. Process {self.job.process_index} gave up, and nothing was {self.doing}d. "
-                "MultiprocessingOptions(timeout_secs=...) waits longer."
-            )
-            error.missing = tuple(lost)
-            raise error
+    def _raise_lost(self, watch: Watch, processes: Sequence[int], point: str) -> None:
+        """Raises where some of the processes are given up, which should come to a point."""
+        if not (lost := watch.lost(processes)):
+            return
+        why = f", and gave no sign of life for {self.timeout_secs:g} s: killed, stopped, or not calling {self.doing}"
+        if watch.is_over:
+            why = f" within {_PATIENCE * self.timeout_secs:g} s, {_PATIENCE} times timeout_secs, though alive: held up elsewhere"
+        outcome = f"nothing was {self.doing}d"
+        if point == COMMITTED:
+            outcome = "does not know whether the checkpoint was committed: look whether it is there"
+        error = errors.TimeoutError(
+            f"{named(lost)} of {self.job.process_count} did not come to the point {point.partition('-')[0]!r} of the "
+            f"{self.doing}{why}. Process {self.job.process_index} gave up, and {outcome}. "
+            "MultiprocessingOptions(timeout_secs=...) waits longer."
+        )
+        error.missing = tuple(lost)
+        raise error
 
 
 class Watch:
-    """Notices, by this process's clock alone, who gives no sign of life any more."""
+    """Notices, by this process's clock alone, who gives no sign of life any more.
+
+    Attributes:
+      is_over: those who were lost last did give signs, but patience with them is over.
+    """
 
     def __init__(self, beats: Callable[[Collection[int]], Mapping[int, bytes | None]], timeout_secs: float) -> None:
         self._beats = beats
@@ -274,6 +304,7 @@ class Watch:
         self._start = time.monotonic()
         self._looked = self._start
         self._seen: dict[int, tuple[bytes | None, float]] = {}
+        self.is_over = False
 
     def lost(self, processes: Sequence[int]) -> list[int]:
         """Those of the processes that gave none for too long; looks for signs a few times in that while."""
@@ -286,9 +317,9 @@ class Watch:
             beat = beats.get(process)
             if beat != self._seen.get(process, (None, 0))[0]:
                 self._seen[process] = beat, now
-        if now - self._start >= _PATIENCE * self._timeout_secs:
-            return list(processes)
-        return [p for p in processes if now - self._seen.get(p, (None, self._start))[1] >= self._timeout_secs]
+        silent = [p for p in processes if now - self._seen.get(p, (None, self._start))[1] >= self._timeout_secs]
+        self.is_over = not silent and now - self._start >= _PATIENCE * self._timeout_secs
+        return list(processes) if self.is_over else silent
 
 
 def _pauses() -> Iterator[float]:

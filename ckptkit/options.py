@@ -88,7 +88,7 @@ class MultiprocessingOptions:
       barrier_sync_key_prefix: put before the names of barriers, of which one process needs none; for several threads that save at
         once, one each.
       timeout_secs: after so long without a sign of life from a process, the others give up the save. Below the 100 s after which
-        JAX itself ends a job that lost a process (`jax.distributed.initialize(heartbeat_timeout_seconds=)`).
+        JAX itself ends a job that lost a process (`jax.distributed.initialize(heartbeat_timeout_seconds=)`), and the same on all.
       single_reader: on restore, what several processes need is read by the first of them, and passed on over the devices; all of
         them must restore at the same time, into the same target. False: each reads all that it needs, by itself.
     """

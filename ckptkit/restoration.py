@@ -104,7 +104,7 @@ class Restoration(Meeting):
             others = [process for process in group() if process != self.job.process_index]
             if gone := {process: record for process, record in self._listed("cut").items() if process in others}:
                 raise decoded(*min(gone.items()))
-            self._raise_lost(watch.lost(others), "exchange")
+            self._raise_lost(watch, others, "exchange")
         return future.result()
 
     def cut_off(self, error: BaseException) -> None:

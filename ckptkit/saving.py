@@ -15,7 +15,7 @@ from ckptkit import _lifetime, choosing, commit, discovery, errors, joint, repor
 from ckptkit.file_list import write_file_list
 from ckptkit.handlers.base import CheckpointHandler
 from ckptkit.location import Location
-from ckptkit.meeting import Meeting
+from ckptkit.meeting import COMMITTED, Meeting
 from ckptkit.metadata.step import STEP_FILE, StepMetadata, encode_step
 from ckptkit.registry import Registry
 
@@ -157,7 +157,7 @@ class Saving:
             self._meeting.wait(self.writing)
             self._begin()  # where the handler wrote nothing, there is still a checkpoint
             if self._meeting.gather("written") is None:
-                self._meeting.hear("committed")
+                self._meeting.hear(COMMITTED)
             else:
                 self._commit()
         except BaseException as error:
@@ -165,7 +165,7 @@ class Saving:
             raise
         try:
             if self._meeting.job.is_primary:
-                self._meeting.tell("committed")
+                self._meeting.tell(COMMITTED)
         finally:
             self._close()
             self._tracker.finish()

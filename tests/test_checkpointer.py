@@ -391,6 +391,47 @@ def test_a_safe_cast_keeps_every_value(tmp_path: Path, stored: str, wanted: str,
         ckptkit.restore(tmp_path / "c", request)
 
 
+def _int4s(*numbers: int) -> np.ndarray:
+    return np.array(numbers, ml_dtypes.int4)
+
+
+@pytest.mark.parametrize(
+    ("stored", "target", "told"),
+    [
+        (3_000_000_000, jnp.int32(0), "int64 -> int32, of which the first is 3000000000"),
+        (np.array([1, -(2**40), 2**40]), jnp.zeros(3, jnp.int32), f"int64 -> int32, of which the first is {-(2**40)}"),
+        (np.array([[1, 2**31]], np.uint32), np.zeros((1, 2), np.int32), "uint32 -> int32, of which the first is 2147483648"),
+        (_int4s(1, -3), np.zeros(2, ml_dtypes.int2), "int4 -> int2, of which the first is -3"),
+    ],
+)
+def test_integers_that_the_requested_dtype_cannot_hold_warn_and_casting_forbids_them(
+    tmp_path: Path, stored: Any, target: Any, told: str
+) -> None:
+    ckptkit.save(tmp_path / "c", {"a": stored, "b": 1})
+    with pytest.warns(UserWarning, match=rf"^1 leaves hold integers beyond .*\n  \('a',\): {told}"):
+        ckptkit.restore(tmp_path / "c", {"a": target, "b": 0})
+    with pytest.raises(errors.TargetError, match=r"\('a',\): the number -?\d+ is stored, which \w+ cannot hold"):
+        ckptkit.restore(tmp_path / "c", args.StandardRestore({"a": target, "b": 0}, casting="same_kind"))
+
+
+@pytest.mark.parametrize(
+    ("stored", "target"),
+    [
+        (2**31 - 1, jnp.int32(0)),
+        (np.array([-(2**31), 2**31 - 1]), np.zeros(2, np.int32)),
+        (np.array([2**31 - 1], np.uint64), np.zeros(1, np.int32)),
+        (np.zeros((0, 2), np.int64), np.zeros((0, 2), np.int8)),
+        (_int4s(1, -2), np.zeros(2, ml_dtypes.int2)),
+        (_int4s(7, -8), np.zeros(2, np.int16)),
+    ],
+)
+def test_integers_that_the_requested_dtype_holds_are_cast_without_a_word(tmp_path: Path, stored: Any, target: Any) -> None:
+    ckptkit.save(tmp_path / "c", {"a": stored})
+    restored = ckptkit.restore(tmp_path / "c", args.StandardRestore({"a": target}, casting="same_kind"))["a"]
+    assert restored.dtype == target.dtype
+    assert np.asarray(restored, np.int64).tolist() == np.asarray(stored, np.int64).tolist()
+
+
 NUMBERS = {"lr": 0.7, "z": 1 + 2j, "n": -1, "wide": 2**62 + 1}
 
 

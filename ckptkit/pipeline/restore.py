@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ckptkit import errors, reports
-from ckptkit._casts import can_cast
+from ckptkit._casts import can_cast, unheld
 from ckptkit.grid import Array, ArraySpec, Index, chunk_indices, index_nbytes, index_shape, is_cell
 from ckptkit.index import IndexDocument
 from ckptkit.leaves.base import LeafSpec, Problem, RestoreArgs, TypeHandler
@@ -92,6 +92,7 @@ def restore_leaves(
     batches = list(_restore_batches(items, needs, sharing, max_inflight_bytes))
     tracker.expect(sum(batch.byte_count for batch in batches), len(items))
     leaves: list[Any] = [...] * len(items)
+    wrapped: list[str] = []
     damage = {path: [error] for path, error in lost.items()}
     ahead: list[_Reading] = []
     sharing.begin([batch.positions for batch in batches], where, max_inflight_bytes)
@@ -105,7 +106,7 @@ def restore_leaves(
                     damage.setdefault(key_path, []).append(error)
                 sharing.exchange(reading.parts, failed=bool(damage))
                 if not (damage or sharing.failed) or on_corrupt == "skip":
-                    _assemble(reading, items, registry, damage, leaves)
+                    _assemble(reading, items, registry, damage, leaves, wrapped)
                 tracker.advance(reading.batch.byte_count)
     except BaseException as error:
         sharing.give_up(error)
@@ -115,6 +116,7 @@ def restore_leaves(
         tracker.corrupt += damage
     sharing.end()
     _refuse(items, leaves, where)
+    _warn_of_wrapped(wrapped)
     return leaves
 
 
@@ -191,6 +193,34 @@ def _changes_kind(stored: np.dtype[Any], wanted: Any) -> bool:
         return not can_cast(stored, np.dtype(wanted), "same_kind")
     except TypeError:  # a dtype of jax's own, such as a PRNG key's
         return False
+
+
+def _held(item: RestoreItem, parts: Mapping[Index, Array], leaf: Any, wrapped: list[str]) -> Any:
+    """The leaf, or a `Problem` where integers among its parts are none of the requested dtype; if allowed, `wrapped` tells so."""
+    array, wanted = item.spec.array, item.request.dtype
+    if array is None or wanted is None or wanted == array.dtype or isinstance(leaf, Problem):
+        return leaf
+    try:
+        dtype: np.dtype[Any] = np.dtype(wanted)
+    except TypeError:  # as above
+        return leaf
+    number = next((each for part in parts.values() if (each := unheld(part, dtype)) is not None), None)
+    if number is None:
+        return leaf
+    if item.request.defaults.casting != "unsafe":
+        return Problem(f"the number {number} is stored, which {dtype} cannot hold; ask for {array.dtype}.")
+    wrapped.append(f"{item.key_path}: {array.dtype} -> {dtype}, of which the first is {number}")
+    return leaf
+
+
+def _warn_of_wrapped(wrapped: Sequence[str]) -> None:
+    """One warning that names the leaves with integers that became others."""
+    if wrapped:
+        warnings.warn(
+            f"{len(wrapped)} leaves hold integers beyond the requested dtype, which became others on restore; "
+            f"casting='same_kind' makes this an error:{errors.listing(wrapped, 10)}",
+            stacklevel=6,
+        )
 
 
 class _Batch(NamedTuple):
@@ -352,14 +382,19 @@ def _tell(
 
 
 def _assemble(
-    reading: _Reading, items: Sequence[RestoreItem], registry: Registry, damage: Container[KeyPath], leaves: list[Any]
+    reading: _Reading,
+    items: Sequence[RestoreItem],
+    registry: Registry,
+    damage: Container[KeyPath],
+    leaves: list[Any],
+    wrapped: list[str],
 ) -> None:
-    """Puts the leaves that are whole into their places."""
+    """Puts the leaves that are whole into their places, and lines about those whose integers became others into `wrapped`."""
     whole = [(i, part) for i, part in zip(reading.batch.positions, reading.parts, strict=True) if items[i].key_path not in damage]
     if not whole:
         return
     members = [items[i] for i, _ in whole]
     specs, requests = [item.spec for item in members], [item.request for item in members]
     made = answers.assembled(registry, members[0].handler, specs, requests, [part for _, part in whole])
-    for (i, _), leaf in zip(whole, made, strict=True):
-        leaves[i] = leaf
+    for (i, parts), item, leaf in zip(whole, members, made, strict=True):
+        leaves[i] = _held(item, parts, leaf, wrapped)

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import ckptkit
 from ckptkit import args as ckpt_args
 from ckptkit import checkpointer as checkpointing
-from ckptkit import errors, finding, restoration
+from ckptkit import errors, finding, meeting, restoration
 from ckptkit._coordination import Store
 from ckptkit.file_list import read_file_list
 from ckptkit.leaves.jax_array import JaxArrayHandler
@@ -28,6 +28,7 @@ from ckptkit.pipeline import alike, sharing
 from ckptkit.pipeline import restore as restoring
 from ckptkit.processes import job_of
 from ckptkit.registry import Registry
+from ckptkit.saving import Saving
 from ckptkit.storage._chunk_reader import ChunkReader
 from ckptkit.storage.base import StorageBackend
 from ckptkit.storage.ocdbt import OcdbtBackend
@@ -323,6 +324,55 @@ def some_of_them(directory: Path, plan: Any) -> Any:
         except errors.ArgsError:
             return "ArgsError"
         return np.asarray(checkpointer.restore(directory / "some")["a"]).tolist()
+
+
+def two_of_three(directory: Path, plan: Any) -> Any:
+    """The first two processes save without the third, and all of them before and after that."""
+    for step in range(4):
+        if step not in (1, 2):
+            saved(directory / "line" / str(step), {"a": np.ones(2)}, multiprocessing_options=SHORT)
+        elif plan["rank"] < 2:
+            two = MultiprocessingOptions(timeout_secs=3, active_processes={0, 1})
+            saved(directory / "line" / str(step), {"a": np.ones(2)}, multiprocessing_options=two)
+    return sorted(path.name for path in (directory / "line").iterdir())
+
+
+def other_timeouts(directory: Path, plan: Any) -> Any:
+    options = MultiprocessingOptions(timeout_secs=60 if plan["rank"] == 0 else 3)
+    return raised(directory, "other_timeouts", lambda path: saved(path, {"a": np.ones(2)}, multiprocessing_options=options))
+
+
+def other_primary(directory: Path, plan: Any) -> Any:
+    """Each process takes itself for the primary one."""
+    options = MultiprocessingOptions(timeout_secs=3, primary_host=plan["rank"])
+    return raised(directory, "other_primary", lambda path: saved(path, {"a": np.ones(2)}, multiprocessing_options=options))
+
+
+def no_primary(directory: Path, plan: Any) -> Any:
+    """Each process takes the other one for the primary."""
+    options = MultiprocessingOptions(timeout_secs=3, primary_host=1 - plan["rank"])
+    return raised(directory, "no_primary", lambda path: saved(path, {"a": np.ones(2)}, multiprocessing_options=options))
+
+
+def slow_primary(directory: Path, plan: Any) -> Any:
+    """The primary lives, but is held up for longer than process 1 has patience, and commits then."""
+    patience, gone = meeting._PATIENCE, directory / "gone"
+    if plan["rank"] == 0:
+        _before_next_call(Saving, "_commit", lambda: _await(gone))
+    else:
+        meeting._PATIENCE = 1
+    try:
+        saved(directory / "slow", {"a": np.ones(2)}, multiprocessing_options=MultiprocessingOptions(timeout_secs=2))
+    except errors.TimeoutError as error:
+        return str(error)
+    finally:
+        meeting._PATIENCE = patience
+        gone.touch()
+
+
+def _await(path: Path) -> None:
+    while not path.exists():
+        time.sleep(0.02)
 
 
 def one_writer(directory: Path, plan: Any) -> Any:

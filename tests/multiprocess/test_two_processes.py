@@ -19,6 +19,10 @@ SCENARIOS = [
     "other_tree",
     "other_shape",
     "other_path",
+    "other_timeouts",
+    "other_primary",
+    "no_primary",
+    "slow_primary",
     "differences",
     "host_local",
     "bad_leaf",
@@ -97,13 +101,35 @@ def test_some_processes_save_without_the_others(found):
     assert values(found, "some_of_them") == [[1.0, 1.0], "ArgsError"]
 
 
-@pytest.mark.parametrize("scenario", ["other_tree", "other_shape", "other_path"])
+@pytest.mark.parametrize("scenario", ["other_tree", "other_shape", "other_path", "other_timeouts"])
 def test_processes_that_save_different_things_are_told_who_does(found, scenario):
     for value in values(found, scenario):
         assert value["error"] == "ProcessError"
         assert "process 0: " in value["message"]
         assert "process 1: " in value["message"]
         assert value["left"] == [f"{scenario}_after"]
+
+
+def test_a_different_timeout_is_told_at_once(found):
+    for value in values(found, "other_timeouts"):
+        assert "timeout_secs: process 0: 60; process 1: 3" in value["message"]
+        assert value["secs"] < 3
+
+
+@pytest.mark.parametrize(("scenario", "told"), [("other_primary", (0, 1)), ("no_primary", (1, 0))])
+def test_another_primary_is_told_before_a_timeout(found, scenario, told):
+    for value in values(found, scenario):
+        assert value["error"] == "ProcessError"
+        assert f"primary_host: process 0: {told[0]}; process 1: {told[1]}" in value["message"]
+        assert value["secs"] < 3
+        assert value["left"] == [f"{scenario}_after"]
+
+
+def test_who_has_no_patience_with_a_process_that_lives_says_so_and_claims_nothing_of_the_commit(found):
+    (primary, other) = values(found, "slow_primary")
+    assert primary is None
+    assert "did not come to the point 'committed' of the save within 2 s, 1 times timeout_secs, though alive" in other
+    assert "does not know whether the checkpoint was committed: look whether it is there" in other
 
 
 @pytest.mark.parametrize(
