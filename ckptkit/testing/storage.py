@@ -449,4 +449,4 @@ def _open_files() -> int:
 
 def _threads() -> set[threading.Thread]:
     """Python's threads that run now; a library's own that only once called Python are listed there for ever, and left out."""
-    return {thread for thread in threading.enumerate() if not isinstance(thread, threading._DummyThread)}  # noqa: SLF001
+    return {thread for thread in threading.enumerate() if not isinstance(thread, threading._DummyThread)}  # noqa: SLF001 - has no other name
