@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ckptkit import errors
+from ckptkit._gc import resumed_gc
 
 __all__ = ["Store"]
 
@@ -35,6 +36,7 @@ class Store:
     def get(self, key: str) -> bytes | None:
         return self._found(functools.partial(self._client.key_value_try_get_bytes, key), "NOT_FOUND")
 
+    @resumed_gc()
     def wait(self, key: str, timeout_secs: float) -> bytes | None:
         """The value once there is one; None where there is none in time."""
         milliseconds = max(1, int(timeout_secs * 1000))

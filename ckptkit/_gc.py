@@ -22,7 +22,7 @@ _pauses: ContextVar[bool] = ContextVar("ckptkit_pauses_gc", default=False)
 """Whether it is this call that keeps collections away, rather than another thread, or the program."""
 
 _paused_by: int | None = None
-"""The thread that does, for a fork, in which it may be missing."""
+"""The thread that does: it may be missing in a fork, and Ctrl-C may have kept it from ending that."""
 
 
 class _Switched:
@@ -76,16 +76,17 @@ class resumed_gc(_Switched):  # noqa: N801 - as above
 def _switch(*, pauses: bool) -> None:
     global _paused_by  # noqa: PLW0603 - a fact about the process, as collections are
     _pauses.set(pauses)
-    _paused_by = threading.get_ident() if pauses else None
     if pauses:
+        _paused_by = threading.get_ident()  # first, and last where they come back: Ctrl-C may come between
         gc.disable()
     else:
         gc.enable()
+        _paused_by = None
 
 
 def end_left_over() -> None:
     """Switches collections on that a call kept away which Ctrl-C ended in the midst of switching."""
-    if _pauses.get():
+    if _paused_by == threading.get_ident():
         _switch(pauses=False)
 
 

@@ -241,8 +241,9 @@ class Checkpointer:
                     if isinstance(handler, AsyncCheckpointHandler):
                         with answers.unhurried(registry, handler):
                             made = handler.async_save(temporary, args=save_args)
-                            with contextlib.closing(answers.coroutine(registry, handler, made)) as coroutine:
-                                saving.writing = answers.futures(registry, handler, run_coroutine(coroutine))
+                            saving.writing = answers.futures(
+                                registry, handler, run_coroutine(answers.coroutine(registry, handler, made))
+                            )
                     else:
                         with resumed_gc():
                             meeting.on_primary(

@@ -204,7 +204,7 @@ def clean(root: str | os.PathLike[str], *, dry_run: bool = False) -> CleanReport
     """
     if "://" in os.fspath(root):
         raise errors.ArgsError(
-            f"{root}: clean tidies directories of this machine; in a store, the next save to a path tidies what is left there."
+            f"{root}: clean takes the path of a directory on this machine. In a store, the next save to a path tidies."
         )
     report = CleanReport(removed=[], restored=[], kept={})
     path = os.path.abspath(os.fspath(root))

@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import sys
+import warnings
 import weakref
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -334,6 +335,17 @@ def test_a_64_bit_array_bound_for_jax_without_x64_is_an_error_with_the_ways_out(
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with pytest.raises(ValueError, match=r"jax_enable_x64 is off.*np.ndarray"):
         ckptkit.restore(tmp_path / "c", {"a": jax.ShapeDtypeStruct((1,), np.int64, sharding=sharding)})
+
+
+def test_warnings_are_of_the_line_that_called(tmp_path: Path) -> None:
+    ckptkit.save(tmp_path / "c", {"a": np.array([1.5])})
+    target = {"a": np.zeros(1, np.int32)}
+    with ckptkit.StandardCheckpointer() as checkpointer, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ckptkit.restore(tmp_path / "c", target)
+        checkpointer.restore(tmp_path / "c", target)
+        checkpointer.restore(tmp_path / "c", args=args.StandardRestore(target))
+    assert [warning.filename for warning in caught] == [__file__] * 3
 
 
 def test_a_cast_that_changes_kind_warns_and_casting_forbids_it(tmp_path: Path) -> None:

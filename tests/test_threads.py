@@ -11,6 +11,7 @@ import threading
 import time
 from concurrent.futures import Future
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -163,7 +164,10 @@ def test_collections_are_resumed_in_a_thread_that_goes_on_with_the_call() -> Non
 
 
 def test_collections_that_a_call_left_off_as_ctrl_c_ended_it_come_back_with_the_next_call(tmp_path: Path) -> None:
-    paused_gc().__enter__()
+    pause = paused_gc()
+    pause.__enter__()
+    with mock.patch.object(gc, "enable", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        pause.__exit__(None, None, None)
     assert not gc.isenabled()
     ckptkit.save(tmp_path / "c", {"a": 1})
     assert gc.isenabled()

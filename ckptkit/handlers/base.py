@@ -10,6 +10,7 @@ import abc
 import asyncio
 import contextlib
 import contextvars
+import inspect
 import warnings
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, wait
@@ -175,6 +176,14 @@ def folded_args(args_class: Callable[..., A], args: A | None, **deprecated: Any)
 
 def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:
     """The result of a coroutine, also where an event loop already runs in this thread (Jupyter)."""
+    try:
+        return _result(coroutine)
+    finally:
+        if inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED:  # Ctrl-C came first
+            coroutine.close()
+
+
+def _result(coroutine: Coroutine[Any, Any, T]) -> T:
     try:
         asyncio.get_running_loop()
     except RuntimeError:

@@ -18,9 +18,10 @@ def _batched_device_put() -> Any:
     """What jax itself places arrays with, and has no public name for; None where this version has it no more, or otherwise."""
     try:
         from jax._src.interpreters.pxla import batched_device_put  # noqa: PLC0415 - another module in another version
-    except ImportError:
+
+        known = list(inspect.signature(batched_device_put).parameters)[:4] == ["aval", "sharding", "xs", "devices"]
+    except (ImportError, TypeError, ValueError):  # the last two where it has no signature
         return None
-    known = list(inspect.signature(batched_device_put).parameters)[:4] == ["aval", "sharding", "xs", "devices"]
     return batched_device_put if known else None
 
 

@@ -101,7 +101,9 @@ def _unreadable(chunks: Sequence[ChunkRead], registry: Registry, reader: Reader)
     for position, (array, cell, out) in enumerate(chunks):
         try:
             with answers.calling(registry, reader, "read"):
-                reader.read([(array.name, cell, out)]).result()
+                reading = reader.read([(array.name, cell, out)])
+                wait(reading)
+                reading.result()
         except errors.CheckpointError as error:
             if not is_damage(error):
                 raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from types import MappingProxyType
@@ -12,6 +11,7 @@ import numpy as np
 
 from ckptkit import errors, reports
 from ckptkit._casts import can_cast, unheld
+from ckptkit._warnings import warn
 from ckptkit.grid import Array, ArraySpec, Index, chunk_indices, index_nbytes, index_shape, is_cell
 from ckptkit.index import IndexDocument
 from ckptkit.leaves.base import LeafSpec, Problem, RestoreArgs, TypeHandler
@@ -180,10 +180,9 @@ def _warn_of_casts(items: Sequence[RestoreItem]) -> None:
         if pairs[pair]:
             changed.append(f"{item.key_path}: {pair[0]} -> {np.dtype(wanted)}")
     if changed:
-        warnings.warn(
+        warn(
             f"{len(changed)} leaves change their kind of number on restore; casting='same_kind' makes this an error:"
-            f"{errors.listing(changed, 10)}",
-            stacklevel=6,
+            f"{errors.listing(changed, 10)}"
         )
 
 
@@ -216,10 +215,9 @@ def _held(item: RestoreItem, parts: Mapping[Index, Array], leaf: Any, wrapped: l
 def _warn_of_wrapped(wrapped: Sequence[str]) -> None:
     """One warning that names the leaves with integers that became others."""
     if wrapped:
-        warnings.warn(
+        warn(
             f"{len(wrapped)} leaves hold integers beyond the requested dtype, which became others on restore; "
-            f"casting='same_kind' makes this an error:{errors.listing(wrapped, 10)}",
-            stacklevel=6,
+            f"casting='same_kind' makes this an error:{errors.listing(wrapped, 10)}"
         )
 
 
@@ -368,7 +366,7 @@ def _tell(
         f"{len(whole)} are whole{errors.first_of(whole)}."
     )
     if on_corrupt == "skip":
-        warnings.warn(f"{text} Those that are not are `...` in the restored tree.", stacklevel=6)
+        warn(f"{text} Those that are not are `...` in the restored tree.")
         return
     every = [error for found in damage.values() for error in found]
     if not any(isinstance(error, errors.CorruptCheckpointError) for error in every):
