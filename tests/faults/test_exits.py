@@ -22,6 +22,8 @@ PATH = sys.argv[1]
 import numpy as np
 import ckptkit
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs the tests in the background may have it ignored
+
 def tree():
     return {{"a": np.full(1 << 20, 2, np.int32), "b": np.full(100, 2, np.int32)}}
 
