@@ -592,7 +592,7 @@ def test_clean_prints_what_it_does(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_clean_refuses_a_url(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(errors.ArgsError, match="s3://bucket: clean tidies directories of this machine"):
+    with pytest.raises(errors.ArgsError, match="s3://bucket: clean takes the path of a directory on this machine"):
         ckptkit.clean("s3://bucket")
     assert run("clean", "s3://bucket", capsys=capsys)[0] == 2
 
