@@ -22,7 +22,7 @@ from ckptkit.location import FileLocation, Location, MarkerLocation
 from ckptkit.metadata.step import STEP_FILE
 from ckptkit.restoration import Restoration, current_restoration
 
-__all__ = ["Attempt", "attempts", "identity", "resolve"]
+__all__ = ["Attempt", "attempts", "resolve"]
 
 _MAX_ATTEMPTS: Final = 100
 _PAUSE_SECS: Final = 0.1
@@ -120,13 +120,8 @@ def _version(location: Location) -> bytes:
     return b""
 
 
-def identity(location: Location) -> object:
-    """What tells one checkpoint from another that took its place; None where there is nothing to tell."""
-    return _seen(location)[0]
-
-
 def _seen(location: Location) -> tuple[object, tuple[int, int] | None]:
-    """The `identity` of a checkpoint, and when anything last came into its directory or left it, as in a deletion.
+    """What tells a checkpoint from another that took its place, or None; and when its directory last changed, as by a deletion.
 
     An inode's number alone is no identity: ext4 gives that of a deleted directory to the next one, so that after two overwrites
     it is the same again. What tells is the list of files, or, where there is none, those times. They are no part of it otherwise,

@@ -34,7 +34,7 @@ def test_a_checkpoint_that_got_the_number_of_the_one_before_the_last_is_another(
     seen = set()
     for _ in range(6):
         _save(tmp_path / "c", name)
-        seen.add(finding.identity(FileLocation(tmp_path / "c")))
+        seen.add(finding._seen(FileLocation(tmp_path / "c"))[0])
     assert len(seen) == 6
 
 

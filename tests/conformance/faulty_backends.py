@@ -16,7 +16,7 @@ from typing import ClassVar
 import numpy as np
 
 from ckptkit import errors
-from ckptkit.storage import ArraySpec, ManyWriters, PartialReader, Reader, StorageBackend, Writer, chunk_indices
+from ckptkit.storage import ArraySpec, Chunk, ManyWriters, PartialReader, Reader, StorageBackend, Writer, chunk_indices
 
 FOLDER = "plain"
 LIST = f"{FOLDER}/list.json"
@@ -137,21 +137,28 @@ class WritesAlone(Together):
         return made
 
 
-class Late(PlainWriter):
-    """Writes when it commits."""
+class KeepsReferences(PlainWriter):
+    """Writes when it commits what may have changed since."""
 
     def __init__(self, location, arrays):
         super().__init__(location, arrays)
         self.pending = []
 
     def write(self, chunks):
-        self.pending += [chunk._replace(data=chunk.data.copy()) for chunk in chunks]
+        self.pending += chunks
         return done()
 
     def commit(self):
         for chunk in self.pending:
             self.store(chunk)
         super().commit()
+
+
+class Late(KeepsReferences):
+    """Writes when it commits."""
+
+    def write(self, chunks):
+        return super().write([Chunk(chunk.array, chunk.index, chunk.data.copy()) for chunk in chunks])
 
 
 class MergesTooSoon(Together):
@@ -210,21 +217,6 @@ class NeedsOrder(PlainWriter):
 
     def store(self, chunk):
         self.create(file_of(*self.places.pop(0)), chunk.data.tobytes())
-
-
-class KeepsReferences(PlainWriter):
-    def __init__(self, location, arrays):
-        super().__init__(location, arrays)
-        self.pending = []
-
-    def write(self, chunks):
-        self.pending += chunks
-        return done()
-
-    def commit(self):
-        for chunk in self.pending:
-            self.store(chunk)
-        super().commit()
 
 
 class WaitsForCommit(PlainWriter):
